@@ -1,0 +1,223 @@
+"""What a run found, for people: one self-contained HTML page, a Markdown table and a console table."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.table import Table
+
+from jaxnr.evaluation import figures
+from jaxnr.evaluation.figures import is_number
+from jaxnr.evaluation.metrics import METRICS
+
+LABELS = {
+    "popularity": "Popularity",
+    "recent": "Most recent",
+    "signals": "Latest signals as queries",
+    "content": "Mean embedding of signals",
+    "prompt_only": "Prompt only (warm-started)",
+    "teacher": "Teacher (RL)",
+    "student_on_policy": "Student, on-policy distillation",
+    "student_supervised": "Student, supervised distillation",
+    "student_untrained": "Student before distillation",
+}
+"""The methods and models that a report knows, in the order it shows them; others follow under their own names."""
+
+METRIC_LABELS = {"recall@5": "R@5", "recall@10": "R@10", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
+
+# arXiv 2602.15005, the offline table and the distillation ablation. A missing value is one the paper does not give.
+PAPER_ROWS = (
+    ("GRU", 0.144, 0.189, 0.129, 0.159, 0.117),
+    ("SASRec", 0.158, 0.206, 0.141, 0.173, 0.129),
+    ("NRHUB", 0.162, 0.212, 0.145, 0.178, 0.133),
+    ("PinSage", 0.168, 0.220, 0.149, 0.184, 0.138),
+    ("HSTU", 0.216, 0.250, 0.194, 0.228, 0.184),
+    ("Prompt only, 32B", 0.153, 0.194, 0.139, 0.188, 0.147),
+    ("RL teacher, 32B", 0.257, 0.271, 0.209, 0.241, 0.199),
+    ("On-policy student, 0.5B", 0.233, 0.261, 0.196, 0.235, 0.180),
+    ("Supervised student, 0.5B", None, 0.245, None, 0.207, None),
+    ("No distillation, 0.5B", None, 0.187, None, 0.179, None),
+)
+
+
+def write_report(
+    path: Path, results: Mapping[str, Any], metrics_rows: Sequence[Mapping[str, Any]], showcase: Sequence[Mapping]
+) -> None:
+    """Writes the page whole or not at all. A part that the run does not have leaves its section out.
+
+    ``results`` is what results.json holds, ``metrics_rows`` the lines of metrics.jsonl, ``showcase`` a list of:
+    ``{"user_id", "signals": [{"domain", "text"}], "lists": {model: [query]}, "articles": {model: [{"title",
+    "relevant"}]}}``. Every text is escaped; the page has no script and loads nothing.
+    """
+    environment = Environment(
+        loader=PackageLoader("jaxnr", "evaluation"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"number": _number, "p_value": _p_value, "label": _label}
+    page = environment.get_template("report.html.j2").render(
+        results=results,
+        facts=_facts(results),
+        metric_labels=METRIC_LABELS,
+        offline=_ordered(results.get("offline") or {}),
+        best=_best(results.get("offline") or {}),
+        paper_rows=PAPER_ROWS,
+        best_of_n=dict(sorted((results.get("best_of_n") or {}).items(), key=lambda item: int(item[0]))),
+        rewards=_ordered(results.get("rewards") or {}),
+        reward_names=_reward_names(results.get("rewards") or {}),
+        tables=_key_value_tables(results),
+        figures=_figures(results, metrics_rows),
+        showcase=[_showcase_user(user) for user in showcase],
+    )
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate in a title cannot be encoded
+    os.replace(partial, path)
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The offline table in Markdown: mean and 95 % interval of each metric, one method a line."""
+    lines = [
+        f"| method | {' | '.join(METRIC_LABELS.values())} |",
+        f"|---|{'---|' * len(METRICS)}",
+    ]
+    for method, metrics in _ordered(results.get("offline") or {}).items():
+        cells = [_with_interval(metrics.get(metric) or {}) for metric in METRICS]
+        lines.append(f"| {_label(method)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def console_table(results: Mapping[str, Any]) -> Table:
+    """The offline table for ``rich`` to print: means, and the 95 % interval of Recall@10."""
+    table = Table(box=box.SIMPLE_HEAD, title="Offline retrieval, test users", title_justify="left")
+    table.add_column("method")
+    for label in METRIC_LABELS.values():
+        table.add_column(label, justify="right")
+    table.add_column("R@10, 95 %", justify="right", style="dim")
+    offline = _ordered(results.get("offline") or {})
+    best = _best(offline)
+    for method, metrics in offline.items():
+        cells = []
+        for metric in METRICS:
+            text = _number((metrics.get(metric) or {}).get("mean"))
+            cells.append(f"[bold]{text}[/bold]" if method in best[metric] else text)
+        recall = metrics.get("recall@10") or {}
+        table.add_row(_label(method), *cells, f"{_number(recall.get('low'))} – {_number(recall.get('high'))}")
+    return table
+
+
+def _figures(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every figure of the page that has data; ``grpo`` holds one entry for each reinforcement learning stage."""
+    offline = _ordered(results.get("offline") or {})
+    stages = dict.fromkeys(stage for row in rows if (stage := str(row.get("stage", ""))).startswith("grpo"))
+    grpo = {}
+    for stage in stages:
+        of_stage = [row for row in rows if row.get("stage") == stage]
+        curves = [figure for figure in (figures.reward_curves(of_stage), figures.training_curves(of_stage)) if figure]
+        if curves:
+            grpo[stage] = curves
+    return {
+        "methods": figures.method_intervals(offline, {method: _label(method) for method in offline}),
+        "best_of_n": figures.best_of_n_curve(results.get("best_of_n") or {}),
+        "supervised": figures.supervised_curves(rows),
+        "grpo": grpo,
+    }
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The line under the title: what ran, where, for how long, on how many users."""
+    facts = []
+    if "seed" in results:
+        facts.append(("seed", str(results["seed"])))
+    total = (results.get("seconds") or {}).get("total")
+    if is_number(total):
+        facts.append(("time", f"{int(total) // 60} min {int(total) % 60:02d} s"))
+    for key, value in (results.get("users") or {}).items():
+        count = sum(value.values()) if isinstance(value, Mapping) else value
+        facts.append((f"users, {key}", _number(count)))
+    for key, value in (results.get("environment") or {}).items():
+        facts.append((str(key).replace("_", " "), str(value)))
+    return facts
+
+
+def _key_value_tables(results: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Title to rows, for the parts of the results that are nested counts and rates."""
+    titles = {"throughput": "Throughput", "data": "Data", "seconds": "Where the time went, seconds"}
+    tables = {title: _flatten(results.get(key) or {}) for key, title in titles.items()}
+    users = results.get("users") or {}
+    if isinstance(users.get("skipped"), Mapping):
+        tables["Users skipped"] = _flatten(users["skipped"])
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as rows (dotted name, text)."""
+    if isinstance(value, Mapping):
+        return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}" if name else str(key))]
+    return [(name, _number(value) if is_number(value) else str(value))]
+
+
+def _showcase_user(user: Mapping[str, Any]) -> dict[str, Any]:
+    """A user for the page: the signals, latest first, and for each model (label, queries, articles)."""
+    lists, articles = user.get("lists") or {}, user.get("articles") or {}
+    models = _ordered(dict.fromkeys((*lists, *articles)))
+    return {
+        "user_id": user.get("user_id", ""),
+        "signals": list(reversed(user.get("signals") or [])),
+        "models": [(_label(model), lists.get(model) or [], articles.get(model) or []) for model in models],
+    }
+
+
+def _ordered(by_method: Mapping[str, Any]) -> dict[str, Any]:
+    known = [method for method in LABELS if method in by_method]
+    return {method: by_method[method] for method in (*known, *(m for m in by_method if m not in LABELS))}
+
+
+def _best(offline: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Metric to the methods with the highest mean, as printed."""
+    best = {}
+    for metric in METRICS:
+        means = {method: (metrics.get(metric) or {}).get("mean") for method, metrics in offline.items()}
+        texts = {method: _number(mean) for method, mean in means.items() if is_number(mean)}
+        top = max(texts.values(), default=None)
+        best[metric] = {method for method, text in texts.items() if text == top}
+    return best
+
+
+def _reward_names(rewards: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = dict.fromkeys(name for of_model in rewards.values() for name in of_model)
+    known = [name for name in (*figures.REWARDS, "total") if name in names]
+    return [*known, *(name for name in names if name not in known)]
+
+
+def _with_interval(entry: Mapping[str, float]) -> str:
+    if not is_number(entry.get("low")) or not is_number(entry.get("high")):
+        return _number(entry.get("mean"))
+    return f"{_number(entry.get('mean'))} ({_number(entry['low'])}–{_number(entry['high'])})"
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name) or re.sub(r"[_\s]+", " ", str(name))
+
+
+def _number(value: Any) -> str:
+    """Counts in full, rates with three decimals, large measurements with one; a dash for what is not a number."""
+    if not is_number(value):
+        return "–"
+    if isinstance(value, Integral):
+        return f"{int(value):,}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _p_value(value: Any) -> str:
+    if not is_number(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,208 @@
+"""The evaluation stage: every method on the test users, by the protocol of docs/evaluation.md, into ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jaxnr.data.examples import Example
+from jaxnr.evaluation import recall_paths
+from jaxnr.evaluation.best_of_n import best_of_n
+from jaxnr.evaluation.merging import MERGES, to_item_ids
+from jaxnr.evaluation.metrics import evaluate_rankings, evaluate_samples
+from jaxnr.evaluation.report import write_report
+from jaxnr.evaluation.significance import compare, mean_interval
+from jaxnr.files import write_text
+from jaxnr.progress import progress
+from jaxnr.prompting.output import ParsedList
+from jaxnr.sampling.sampler import SamplingSettings
+from jaxnr.training.metrics import read_metrics
+from jaxnr.training.rollout import Policy, padded_chunks, roll_out
+
+if TYPE_CHECKING:
+    from jaxnr.road import Road
+
+METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+DEPTH = 10
+"""Articles of a ranking that count: the deepest metric's cut-off."""
+
+MODELS = {
+    "prompt_only": ("teacher", "warm_start_teacher"),
+    "teacher": ("teacher", "grpo"),
+    "student_on_policy": ("student", "distill"),
+    "student_supervised": ("student", "supervised"),
+    "student_untrained": ("student", "warm_start_student"),
+}
+"""Each model of the results: which shape it has, and the training stage whose last checkpoint it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """S lists for each of U users, what the rewards say of them and what they retrieve."""
+
+    lists_US: list[list[ParsedList]]
+    rewards: dict[str, np.ndarray]
+    """Each reward and ``total``, [U, S]."""
+    rankings_US: list[list[list[str]]]
+
+
+def sample_lists(road: Road, policy: Policy, params: dict, examples: Sequence[Example], samples: int) -> Sampled:
+    """Samples, scores and retrieves ``samples`` lists for every example."""
+    config = road.config
+    merge = MERGES[config.retrieval.merge]
+    settings = SamplingSettings(temperature=config.evaluation.temperature)
+    item_ids_I = road.rewards.item_ids_I
+    lists_US, rankings_US, rewards = [], [], []
+    for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
+        rollout = roll_out(policy, params, chunk.padded, samples=samples, seed=config.seed, step=0, settings=settings)
+        scored = road.rewards(chunk.padded, rollout.lists)
+        users = len(chunk.examples)
+        merged = merge(scored.article_rows_BGQK, scored.article_scores_BGQK, scored.query_mask_BGQ)[:users]
+        rankings_US += [to_item_ids(user[:, :DEPTH], item_ids_I) for user in merged]
+        lists_US += rollout.lists[:users]
+        rewards.append({name: values[:users] for name, values in {**scored.rewards, "total": scored.total_BG}.items()})
+    stacked = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
+    return Sampled(lists_US, stacked, rankings_US)
+
+
+def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
+    """Mean Recall@10 and reward on the validation users, one list each."""
+    examples = list(road.examples["valid"])
+    sampled = sample_lists(road, policy, params, examples, samples=1)
+    values = evaluate_samples(sampled.rankings_US, [example.relevant for example in examples])
+    return {
+        "valid/recall@10": float(values["recall@10"].mean()),
+        **{f"valid/reward/{name}": float(np.nanmean(values)) for name, values in sampled.rewards.items()},
+    }
+
+
+def evaluate(road: Road) -> None:
+    """Measures every method on the test users; writes ``results.json`` and ``report.html``."""
+    config = road.config
+    examples = list(road.examples["test"])
+    relevant = [example.relevant for example in examples]
+    per_user = {name: evaluate_rankings(ranking, relevant) for name, ranking in plain_rankings(road, examples).items()}
+    sampled, throughput, best = {}, {}, {}
+    with progress("evaluate", len(MODELS)) as bar:
+        for name, (shape, stage) in MODELS.items():
+            policy = road.policy(shape)
+            params = road.trained_params(policy, stage)
+            samples = max(config.evaluation.best_of_n) if name == "teacher" else config.evaluation.samples
+            sampled[name] = sample_lists(road, policy, params, examples, samples)
+            values_US = evaluate_samples(sampled[name].rankings_US, relevant)
+            per_user[name] = {metric: values.mean(axis=1) for metric, values in values_US.items()}
+            if name == "teacher":
+                best = {
+                    n: {
+                        metric: best_of_n(sampled[name].rewards["total"], values, n)
+                        for metric, values in values_US.items()
+                    }
+                    for n in config.evaluation.best_of_n
+                }
+            if name in ("teacher", "student_on_policy"):
+                throughput[f"{shape}_users_per_s"] = users_per_second(road, policy, params, examples)
+            bar.advance({"recall@10": per_user[name]["recall@10"].mean()})
+    results = assemble(road, per_user, best, sampled, throughput)
+    write_text(road.out / "results.json", json.dumps(results, indent=2))
+    showcase = show(road, examples, sampled)
+    write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
+    write_report(road.out / "report.html", results, read_metrics(road.out / "metrics.jsonl"), showcase)
+
+
+def plain_rankings(road: Road, examples: list[Example]) -> dict[str, list[list[str]]]:
+    """The rankings of the methods that learn nothing."""
+    config, tables, rewards = road.config, road.tables, road.rewards
+    return {
+        "popularity": recall_paths.popularity(examples, tables.articles, tables.events, depth=DEPTH),
+        "recent": recall_paths.recent(examples, tables.articles, depth=DEPTH),
+        "signals": recall_paths.signals(
+            examples,
+            tables.articles,
+            rewards.embedder,
+            rewards.index,
+            max_queries=config.prompt.max_queries,
+            articles_per_query=config.retrieval.articles_per_query,
+            merge=MERGES[config.retrieval.merge],
+            depth=DEPTH,
+        ),
+        "content": recall_paths.content(examples, tables.articles, rewards.embedder, rewards.index, depth=DEPTH),
+    }
+
+
+def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Example]) -> float:
+    """Users a second from prompt to merged ranking, one list each, after one warm-up pass over the same users."""
+    timed = examples[: 4 * road.config.evaluation.prompts_per_step]
+    sample_lists(road, policy, params, timed, samples=1)
+    started = time.perf_counter()
+    sample_lists(road, policy, params, timed, samples=1)
+    return len(timed) / (time.perf_counter() - started)
+
+
+def assemble(
+    road: Road,
+    per_user: dict[str, dict[str, np.ndarray]],
+    best: dict[int, dict[str, np.ndarray]],
+    sampled: dict[str, Sampled],
+    throughput: dict[str, float],
+) -> dict:
+    """The content of ``results.json``."""
+    config = road.config.evaluation
+    report = json.loads((road.out / "data" / "report.json").read_text())
+
+    def intervals(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        return {
+            metric: mean_interval(values[metric], config.bootstrap_resamples, road.config.seed) for metric in METRICS
+        }
+
+    others = [name for name in per_user if name != "teacher"]
+    students = ("student_on_policy", "student_supervised", "student_untrained")
+    pairs = [("teacher", other) for other in others] + [(a, b) for a, b in zip(students, students[1:], strict=False)]
+    return {
+        "seed": road.config.seed,
+        "seconds": {},
+        "users": report["users"],
+        "offline": {name: intervals(values) for name, values in per_user.items()},
+        "comparisons": compare(per_user, pairs, METRICS),
+        "best_of_n": {str(n): intervals(values) for n, values in best.items()},
+        "rewards": {
+            name: {reward: float(np.nanmean(values)) for reward, values in sample.rewards.items()}
+            for name, sample in sampled.items()
+        },
+        "throughput": throughput,
+        "environment": {
+            "jax": jax.__version__,
+            "device_kind": jax.devices()[0].device_kind,
+            "device_count": jax.device_count(),
+        },
+        "data": report,
+    }
+
+
+def show(road: Road, examples: list[Example], sampled: dict[str, Sampled]) -> list[dict]:
+    """Some users with their signals, the lists of three models side by side, and the articles retrieved."""
+    shown = ("prompt_only", "teacher", "student_on_policy")
+    titles = dict(
+        zip(road.tables.articles["item_id"].to_pylist(), road.tables.articles["title"].to_pylist(), strict=True)
+    )
+    chosen = np.random.default_rng(road.config.seed).permutation(len(examples))[: road.config.evaluation.showcase_users]
+    return [
+        {
+            "user_id": examples[user].user_id,
+            "signals": [{"domain": signal.domain, "text": signal.text} for signal in examples[user].signals],
+            "lists": {name: list(sampled[name].lists_US[user][0].queries) for name in shown},
+            "articles": {
+                name: [
+                    {"title": titles[item], "relevant": item in examples[user].relevant}
+                    for item in sampled[name].rankings_US[user][0]
+                ]
+                for name in shown
+            },
+        }
+        for user in chosen.tolist()
+    ]
