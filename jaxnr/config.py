@@ -121,6 +121,8 @@ class GrpoConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     temperature: float = 1.0
+    validate_every: int = 50
+    """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=5, weight_decay=0.0)
 
 
@@ -176,6 +178,8 @@ class Config:
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
+    teacher_lists: int = 1
+    """Lists that the teacher samples a training prompt for supervised distillation and the student's cold start."""
     supervised: SftConfig = SftConfig(steps=150, optimizer=OptimizerConfig(learning_rate=1e-3))
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,0 +1,76 @@
+"""The mesh, and the one table from parameter path to PartitionSpec."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxnr.config import MeshConfig
+from jaxnr.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+PARTITION = (
+    # (end of the parameter's path, spec). Scanned layers carry a leading, unsharded layer axis.
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head", P("tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v)_proj/bias", P(None, "tensor")),
+    (r"norm/weight", P()),
+)
+"""Optimizer moments end in the same paths as their parameters, so the table shards them too."""
+
+BATCH = P(("data", "fsdp"))
+"""Prompts are spread over both axes that do not split a matrix multiplication."""
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of the run. Raises InputError when the axes do not multiply to the number of devices."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = int(np.prod([size for size in sizes if size > 0]))
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes) or len(devices) % fixed:
+        raise InputError(
+            f"mesh: data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} do not fit {len(devices)} devices; "
+            "expected positive sizes whose product is the device count, at most one of them -1 (what is left)."
+        )
+    shape = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if int(np.prod(shape)) != len(devices):
+        raise InputError(f"mesh: {dict(zip(AXES, shape, strict=True))} does not use all {len(devices)} devices.")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec of one array by the table; replicated where no row names it.
+
+    An axis that does not divide its dimension is left out there (a tiny model on a large mesh).
+    """
+    for pattern, spec in PARTITION:
+        if re.search(f"{pattern}$", path) and len(spec) <= len(shape):
+            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)))
+    return P()
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """The NamedSharding of every array (or abstract array) in a tree of parameters or optimizer state."""
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose leading axis is prompts."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())

@@ -1,0 +1,268 @@
+"""A Qwen2 decoder in Flax Linen, built so that G completions share the keys and values of one prompt.
+
+Two streams go through every layer side by side: the prompt ``[B, S]`` and its completions ``[B, G, T]``. Completions
+attend to the prompt's keys and values, which are never repeated G times, and to their own; the prompt attends to
+itself. The same layer serves training (both streams), prefill (prompt alone) and decoding (one new token a completion,
+with the prompt's and the completion's past in a cache), so sampling and training cannot drift apart.
+
+Layers are one scanned, rematerialised block: compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite: a query with no visible key (padding) then gives a harmless mean instead of NaN
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape of a Qwen2 decoder; the names are those of the Hugging Face config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+
+class KeyValues(NamedTuple):
+    """Keys and values that queries may attend to.
+
+    ``shared``: key/value [B, U, K, H] and mask [B, T or 1, U], the same for the G completions of a prompt.
+    Otherwise: key/value [B, G, U, K, H] and mask broadcastable to [B, G, T, U].
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+    shared: bool
+
+
+class Cache(NamedTuple):
+    """What decoding has to remember, a layer per leading index."""
+
+    prompt_key_LBSKH: jax.Array
+    prompt_value_LBSKH: jax.Array
+    own_key_LBGTKH: jax.Array
+    own_value_LBGTKH: jax.Array
+
+
+class Context(NamedTuple):
+    """Positions and masks, the same in every layer; None where a stream is absent."""
+
+    prompt_position_BS: jax.Array | None = None
+    prompt_mask_BS: jax.Array | None = None
+    own_position_BGT: jax.Array | None = None
+    past_mask_T: jax.Array | None = None
+
+
+def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
+    """Grouped-query attention with one softmax over all ``sources`` together. Returns [B, G, T, N, H].
+
+    Scores and softmax are float32 whatever the compute type.
+    """
+    B, G, T, N, H = query_BGTNH.shape
+    K = sources[0].key.shape[-2]
+    query = query_BGTNH.reshape(B, G, T, K, N // K, H)
+    scores = []
+    for source in sources:
+        pattern = "bgtkrh,bukh->bgkrtu" if source.shared else "bgtkrh,bgukh->bgkrtu"
+        score = jnp.einsum(pattern, query, source.key, preferred_element_type=jnp.float32) * H**-0.5
+        mask = source.mask[:, None] if source.shared else source.mask
+        scores.append(jnp.where(mask[:, :, None, None], score, _MASKED))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+    out, start = jnp.zeros(query.shape, query.dtype), 0
+    for source, score in zip(sources, scores, strict=True):
+        pattern = "bgkrtu,bukh->bgtkrh" if source.shared else "bgkrtu,bgukh->bgtkrh"
+        out += jnp.einsum(pattern, weights[..., start : start + score.shape[-1]], source.value)
+        start += score.shape[-1]
+    return out.reshape(B, G, T, N, H)
+
+
+def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding of x [..., heads, H] at position [...], halves layout (as in Hugging Face)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("weight", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(self.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each after an RMSNorm and added to the residual stream."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+
+        def dense(features: int, use_bias: bool) -> nn.Dense:
+            return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=jnp.float32, kernel_init=init)
+
+        self.input_layernorm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.q_proj = dense(c.num_attention_heads * c.head_dim, True)
+        self.k_proj = dense(c.num_key_value_heads * c.head_dim, True)
+        self.v_proj = dense(c.num_key_value_heads * c.head_dim, True)
+        self.o_proj = dense(c.hidden_size, False)
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.gate_proj = dense(c.intermediate_size, False)
+        self.up_proj = dense(c.intermediate_size, False)
+        self.down_proj = dense(c.hidden_size, False)
+
+    def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H]."""
+        c = self.config
+        x = self.input_layernorm(x)
+        query = self.q_proj(x).reshape(*x.shape[:-1], c.num_attention_heads, c.head_dim)
+        key = self.k_proj(x).reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
+        value = self.v_proj(x).reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
+        return rotate(query, position, c.rope_theta), rotate(key, position, c.rope_theta), value
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Adds the attention output and the feed-forward output to the residual stream x [..., D]."""
+        x = x + self.o_proj(attended.reshape(*x.shape[:-1], -1))
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(nn.silu(self.gate_proj(h)) * self.up_proj(h))
+
+    def __call__(self, streams, cache: Cache | None, context: Context):
+        """(prompt_BSD, own_BGTD), either None -> the same, and the keys and values that this layer computed."""
+        prompt, own = streams
+        computed: dict[str, tuple[jax.Array, jax.Array]] = {}
+        sources: tuple[KeyValues, ...] = ()
+        if prompt is not None:
+            query, key, value = self.project(prompt, context.prompt_position_BS)
+            S = prompt.shape[1]
+            visible_BSS = jnp.tril(jnp.ones((S, S), bool))[None] & context.prompt_mask_BS[:, None, :]
+            attended = attend(query[:, None], (KeyValues(key, value, visible_BSS, True),))[:, 0]
+            prompt = self.finish(prompt, attended)
+            computed["prompt"] = (key, value)
+            sources = (KeyValues(key, value, context.prompt_mask_BS[:, None, :], True),)
+        if cache is not None:
+            past = context.past_mask_T[None, None, None, :]
+            sources = (
+                KeyValues(cache.prompt_key_LBSKH, cache.prompt_value_LBSKH, context.prompt_mask_BS[:, None, :], True),
+                KeyValues(cache.own_key_LBGTKH, cache.own_value_LBGTKH, past, False),
+            )
+        if own is not None:
+            query, key, value = self.project(own, context.own_position_BGT)
+            T = own.shape[2]
+            causal = jnp.tril(jnp.ones((T, T), bool))[None, None]
+            own = self.finish(own, attend(query, (*sources, KeyValues(key, value, causal, False))))
+            computed["own"] = (key, value)
+        return (prompt, own), computed
+
+
+class Decoder(nn.Module):
+    """Qwen2: embedding, scanned blocks, final norm. Heads are applied outside, in chunks (see training/losses.py)."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init
+        )
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=c.num_hidden_layers,
+        )(c, self.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param("lm_head", init, (c.vocab_size, c.hidden_size), jnp.float32)
+
+    def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+        """Hidden states [B, S, D] of plain sequences, padded on either side (mask false)."""
+        context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
+        (hidden, _), _ = self.layers((self.embed_tokens(tokens_BS), None), None, context)
+        return self.norm(hidden)
+
+    def prefill(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Last hidden state [B, D] of left-padded prompts, and the prompt's keys and values [L, B, S, K, H]."""
+        context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
+        (hidden, _), computed = self.layers((self.embed_tokens(tokens_BS), None), None, context)
+        return self.norm(hidden[:, -1]), *computed["prompt"]
+
+    def decode(self, tokens_BG: jax.Array, t: jax.Array, cache: Cache, mask_BS: jax.Array):
+        """Hidden state [B, G, D] after the completions' t-th token, and its keys and values [L, B, G, 1, K, H]."""
+        position_BGT = (mask_BS.sum(-1)[:, None, None] + t) * jnp.ones_like(tokens_BG)[..., None]
+        context = Context(
+            prompt_mask_BS=mask_BS,
+            own_position_BGT=position_BGT,
+            past_mask_T=jnp.arange(cache.own_key_LBGTKH.shape[3]) < t,
+        )
+        (_, hidden), computed = self.layers((None, self.embed_tokens(tokens_BG[..., None])), cache, context)
+        return self.norm(hidden[:, :, 0]), *computed["own"]
+
+    def shared(self, prompt_BS: jax.Array, mask_BS: jax.Array, completion_BGT: jax.Array) -> jax.Array:
+        """Hidden states [B, G, T, D] that predict each completion token; prompts are left-padded.
+
+        The prompt runs through the layers once for its G completions (DESIGN decision 4); gradients flow through both.
+        """
+        B, G, T = completion_BGT.shape
+        own_position = mask_BS.sum(-1)[:, None, None] + jnp.arange(T - 1)[None, None]
+        context = Context(
+            prompt_position_BS=positions(mask_BS),
+            prompt_mask_BS=mask_BS,
+            own_position_BGT=jnp.broadcast_to(own_position, (B, G, T - 1)),
+        )
+        streams = (self.embed_tokens(prompt_BS), self.embed_tokens(completion_BGT[..., :-1]))
+        (prompt, own), _ = self.layers(streams, None, context)
+        last = jnp.broadcast_to(prompt[:, None, -1:], (B, G, 1, prompt.shape[-1]))
+        return self.norm(jnp.concatenate([last, own], axis=2))
+
+
+def positions(mask_BS: jax.Array) -> jax.Array:
+    """Position of each attended token in its own sequence; 0 on padding before it."""
+    return jnp.maximum(jnp.cumsum(mask_BS, axis=-1) - 1, 0)
+
+
+def head_VD(params: dict) -> jax.Array:
+    """The output projection: the untied head where there is one, else the token embedding."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+
+
+def init_params(model: Decoder, key: jax.Array) -> dict:
+    """Fresh parameters, as a plain nested dict."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+
+def parameter_count(params: dict) -> int:
+    """Number of scalars in a parameter tree (arrays or their abstract shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,337 @@
+"""The road, stage by stage: data, warm start, Dr.GRPO, distillation, evaluation. ``run_stages`` walks it.
+
+Each stage reads what the stages before it wrote under the run's folder and writes its own; a stage that was killed goes
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from jaxnr.checkpoint import Checkpoints
+from jaxnr.config import Config, ModelConfig, SftConfig
+from jaxnr.data.dataset import load as load_examples
+from jaxnr.data.examples import Example
+from jaxnr.data.pipeline import training_batches
+from jaxnr.data.prepare import open_rewards, prepare_data
+from jaxnr.data.schema import Tables
+from jaxnr.evaluation.run import evaluate, recall_at_10
+from jaxnr.files import write_json_lines, write_text
+from jaxnr.mesh import make_mesh, tree_shardings
+from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
+from jaxnr.progress import progress
+from jaxnr.prompting.tokenizer import load_tokenizer
+from jaxnr.rewards.composite import RewardModel, summarise
+from jaxnr.sampling.sampler import SamplingSettings
+from jaxnr.training.loop import train
+from jaxnr.training.metrics import MetricsLog
+from jaxnr.training.rollout import Policy, make_policy, padded_chunks, roll_out
+from jaxnr.training.steps import (
+    Batch,
+    ScoredBatch,
+    TrainState,
+    create_state,
+    make_distill_step,
+    make_grpo_step,
+    make_optimizer,
+    make_sft_step,
+)
+from jaxnr.training.targets import Target, place_targets, warm_start_batches
+
+STAGES = ("data", "sft", "grpo", "distill", "evaluate")
+
+MODELS = {
+    "prompt_only": ("teacher", "warm_start_teacher"),
+    "teacher": ("teacher", "grpo"),
+    "student_on_policy": ("student", "distill"),
+    "student_supervised": ("student", "supervised"),
+    "student_untrained": ("student", "warm_start_student"),
+}
+"""Each model of the results: which shape it has, and the training stage whose checkpoint it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Road:
+    """A run's folder with everything that the stages after ``data`` share."""
+
+    config: Config
+    out: Path
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    tables: Tables
+    examples: dict[str, Sequence[Example]]
+    rewards: RewardModel
+    log: MetricsLog
+
+    @classmethod
+    def open(cls, config: Config, out: Path) -> Road:
+        """Loads what the data stage wrote."""
+        tables = Tables.load(out / "data")
+        mesh = make_mesh(config.mesh)
+        return cls(
+            config=config,
+            out=out,
+            mesh=mesh,
+            tokenizer=load_tokenizer(str(out / "tokenizer")),
+            tables=tables,
+            examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
+            rewards=open_rewards(config, out, tables, mesh),
+            log=MetricsLog(out / "metrics.jsonl"),
+        )
+
+    def policy(self, shape: str) -> Policy:
+        """The decoder of ``shape`` ("teacher" or "student") with its sampler."""
+        config: ModelConfig = getattr(self.config, shape)
+        model = Decoder(decoder_config(config, len(self.tokenizer)))
+        return make_policy(model, self.tokenizer, self.config.prompt, self.mesh)
+
+    def fresh_params(self, policy: Policy, seed: int) -> dict:
+        """Random parameters, placed on the mesh."""
+
+        def build() -> dict:
+            return init_params(policy.model, jax.random.key(seed))
+
+        return jax.jit(build, out_shardings=tree_shardings(jax.eval_shape(build), self.mesh))()
+
+    def trained_params(self, policy: Policy, stage: str) -> dict:
+        """The parameters that a training stage ended with."""
+        params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
+        shardings = tree_shardings(params, self.mesh)
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params, shardings
+        )
+        with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
+            return checkpoints.restore_params(params)
+
+    def train(
+        self,
+        stage: str,
+        state: TrainState,
+        step: Callable,
+        *,
+        steps: int,
+        prompts: int,
+        source: Sequence[Example] | None = None,
+        **options,
+    ) -> TrainState:
+        """The host loop over this run's training prompts, or over ``source``."""
+        seed = self.config.seed + sum(map(ord, stage))  # every stage sees its own order
+        batches = training_batches(
+            self.examples["train"] if source is None else source,
+            batch_size=prompts,
+            seed=seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return train(
+            stage=stage,
+            state=state,
+            batches=batches,
+            step=step,
+            steps=steps,
+            folder=self.out / "checkpoints" / stage,
+            checkpoint_every=self.config.checkpoint_every,
+            log=self.log,
+            **options,
+        )
+
+
+def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = False) -> None:
+    """Runs the named stages in the road's order; with ``resume``, those that have ended already are passed over."""
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        marker = out / "done" / f"{stage}.json"
+        if resume and marker.exists():
+            continue
+        started = time.monotonic()
+        if stage == "data":
+            prepare_data(config, out)
+        else:
+            _RUN[stage](Road.open(config, out))
+        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started, 3)}))
+
+
+def warm_start(road: Road) -> None:
+    """Supervised steps that give the teacher and the student the format and the language (see training/targets.py)."""
+    config = road.config.warm_start
+    for offset, shape in enumerate(("teacher", "student")):
+        policy = road.policy(shape)
+        supervise(
+            road,
+            f"warm_start_{shape}",
+            policy,
+            road.fresh_params(policy, 2 * road.config.seed + offset),
+            config,
+            config.steps,
+            warm_start_batches(policy, road.config.seed),
+            source=road.examples["train"],
+        )
+
+
+def train_teacher(road: Road) -> None:
+    """Dr.GRPO from the warm start: sample, reward, step."""
+    config = road.config.grpo
+    policy = road.policy("teacher")
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = create_state(road.trained_params(policy, "warm_start_teacher"), optimizer, road.mesh)
+    update = make_grpo_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config)
+    settings = SamplingSettings(temperature=config.temperature)
+
+    def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
+        rollout = roll_out(
+            policy,
+            state.params,
+            examples,
+            samples=config.group_size,
+            seed=road.config.seed,
+            step=index,
+            settings=settings,
+        )
+        scored = road.rewards(examples, rollout.lists)
+        batch = ScoredBatch(
+            rollout.batch.prompt_BS,
+            rollout.batch.prompt_mask_BS,
+            rollout.batch.completion_BGT,
+            rollout.batch.mask_BGT,
+            old_logprobs_BGT=rollout.completions.logprobs_BGT,
+            reward_BG=jax.device_put(scored.total_BG, rollout.completions.cut_BG.sharding),
+        )
+        state, metrics = update(state, batch)
+        return state, metrics | summarise(scored)
+
+    road.train(
+        "grpo",
+        state,
+        step,
+        steps=config.steps,
+        prompts=config.prompts_per_step,
+        validate=lambda params: recall_at_10(road, policy, params),
+        validate_every=config.validate_every,
+    )
+
+
+def distill_student(road: Road) -> None:
+    """Both students, from the same warm start: supervised on the teacher's lists; on-policy, after a short cold start.
+
+    The cold start's checkpoint is where the on-policy steps begin (ALGORITHMS: short SFT on teacher lists first).
+    """
+    config = road.config
+    teacher, student = road.policy("teacher"), road.policy("student")
+    teacher_params = road.trained_params(teacher, "grpo")
+    lists = teacher_lists(road, teacher, teacher_params)
+    imitable = [example for example in road.examples["train"] if lists[example.example_id]]
+
+    def imitate(examples: Sequence[Example], step: int) -> Batch:
+        choices = [lists[example.example_id] for example in examples]
+        return place_targets(
+            student,
+            [Target(example, queries[step % len(queries)]) for example, queries in zip(examples, choices, strict=True)],
+        )
+
+    untrained = road.trained_params(student, "warm_start_student")
+    for stage, steps in (("supervised", config.supervised.steps), ("cold_start", config.distill.cold_start_steps)):
+        state = supervise(road, stage, student, untrained, config.supervised, steps, imitate, source=imitable)
+
+    distill_on_policy(road, student, state.params, teacher, teacher_params)
+
+
+def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy, teacher_params: dict) -> None:
+    """The student samples, and moves towards the teacher on its own samples by reverse KL (paper, stage 3)."""
+    config = road.config.distill
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = create_state(params, optimizer, road.mesh)
+    update = make_distill_step(
+        student.model, teacher.model, optimizer, state, road.mesh, student.vocabulary_size, config.temperature
+    )
+    settings = SamplingSettings(temperature=config.temperature)
+
+    def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
+        rollout = roll_out(
+            student,
+            state.params,
+            examples,
+            samples=config.group_size,
+            seed=road.config.seed,
+            step=index,
+            settings=settings,
+        )
+        return update(state, teacher_params, rollout.batch)
+
+    road.train("distill", state, step, steps=config.steps, prompts=config.prompts_per_step)
+
+
+def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[tuple[str, ...]]]:
+    """Example id to the well-formed lists that the teacher samples for it; kept in ``teacher_lists.jsonl``."""
+    path = road.out / "teacher_lists.jsonl"
+    if not path.exists():
+        config = road.config
+        examples = list(road.examples["train"])
+        rows = []
+        with progress("teacher_lists", len(examples)) as bar:
+            for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
+                rollout = roll_out(
+                    teacher,
+                    params,
+                    chunk.padded,
+                    samples=config.teacher_lists,
+                    seed=config.seed,
+                    step=0,
+                    settings=SamplingSettings(temperature=config.grpo.temperature),
+                )
+                for example, lists in zip(chunk.examples, rollout.lists, strict=False):
+                    queries = [list(parsed.queries) for parsed in lists if parsed.problem is None]
+                    rows.append({"example_id": example.example_id, "lists": queries})
+                bar.advance({}, len(chunk.examples))
+        write_json_lines(path, rows)
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}
+
+
+def supervise(
+    road: Road,
+    stage: str,
+    policy: Policy,
+    params: dict,
+    config: SftConfig,
+    steps: int,
+    make_batch: Callable[[Sequence[Example], int], Batch],
+    source: Sequence[Example],
+) -> TrainState:
+    """One supervised stage from ``params``; ``make_batch(examples, step)`` says what is imitated."""
+    optimizer = make_optimizer(config.optimizer, steps)
+    state = create_state(params, optimizer, road.mesh)
+    update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size)
+
+    def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
+        return update(state, make_batch(examples, index))
+
+    return road.train(stage, state, step, steps=steps, prompts=config.batch_size, source=source)
+
+
+def decoder_config(config: ModelConfig, vocabulary_size: int) -> DecoderConfig:
+    """The decoder of a configured shape over a tokenizer's vocabulary."""
+    return DecoderConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+_RUN = {"sft": warm_start, "grpo": train_teacher, "distill": distill_student, "evaluate": evaluate}

@@ -1,0 +1,154 @@
+"""The jitted sampling loop: one prefill a prompt, G completions that share it, one ``while_loop``.
+
+The random number of a token depends on (seed, step, prompt id, sample id, position) alone, so neither the order nor the
+size of the batch nor the mesh changes a sample. Temperature, top-p, top-k and the stop ids are traced: changing them
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxnr.models.decoder import Cache, Decoder, head_VD
+from jaxnr.training.losses import logits_NV
+
+
+@flax.struct.dataclass
+class SamplingSettings:
+    """Traced settings. ``top_k`` 0 and ``top_p`` 1 switch the filters off. Train with both off and the temperature that
+    the loss scores with: a filtered distribution is not the scored one. ``temperature`` 0 takes the likeliest token."""
+
+    temperature: jax.Array | float = 1.0
+    top_p: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+
+
+@flax.struct.dataclass
+class Completions:
+    """What was sampled. ``mask`` includes the end token; ``cut`` marks rows that reached the budget without one.
+
+    ``logprobs`` are those of the temperature-scaled distribution before top-p and top-k (at temperature 0: of the
+    unscaled one), 0 outside the mask.
+    """
+
+    tokens_BGT: jax.Array
+    logprobs_BGT: jax.Array
+    mask_BGT: jax.Array
+    cut_BG: jax.Array
+
+
+@flax.struct.dataclass
+class _State:
+    t: jax.Array
+    hidden_BGD: jax.Array
+    own_key_LBGTKH: jax.Array
+    own_value_LBGTKH: jax.Array
+    done_BG: jax.Array
+    tokens_BGT: jax.Array
+    logprobs_BGT: jax.Array
+    mask_BGT: jax.Array
+
+
+def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int) -> Callable:
+    """A jitted ``sample(params, prompt_BS, prompt_mask_BS, prompt_ids_B, sample_ids_G, seed, step, settings, stop_ids)``.
+
+    Prompts are left-padded. ``stop_ids`` is an int array; its length, B, G and S are the only things that compile anew.
+    """
+
+    def sample(
+        params: dict,
+        prompt_BS: jax.Array,
+        prompt_mask_BS: jax.Array,
+        prompt_ids_B: jax.Array,
+        sample_ids_G: jax.Array,
+        seed: jax.Array,
+        step: jax.Array,
+        settings: SamplingSettings,
+        stop_ids: jax.Array,
+    ) -> Completions:
+        variables = {"params": params}
+        head = head_VD(params)
+        keys_BG = completion_keys(seed, step, prompt_ids_B, sample_ids_G)
+        B, G = keys_BG.shape
+        hidden_BD, prompt_key, prompt_value = model.apply(variables, prompt_BS, prompt_mask_BS, method="prefill")
+        L, _, _, K, H = prompt_key.shape
+        own_shape = (L, B, G, max_new_tokens, K, H)
+
+        def body(state: _State) -> _State:
+            logits = logits_NV(state.hidden_BGD.reshape(B * G, -1), head, vocabulary_size)
+            uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.t)))(keys_BG.reshape(-1))
+            token, logprob = choose(logits, uniforms, settings)
+            live = ~state.done_BG
+            token = jnp.where(live, token.reshape(B, G), pad_id)
+            logprob = jnp.where(live, logprob.reshape(B, G), 0.0)
+            cache = Cache(prompt_key, prompt_value, state.own_key_LBGTKH, state.own_value_LBGTKH)
+            hidden, key, value = model.apply(variables, token, state.t, cache, prompt_mask_BS, method="decode")
+            return _State(
+                t=state.t + 1,
+                hidden_BGD=hidden,
+                own_key_LBGTKH=jax.lax.dynamic_update_slice_in_dim(state.own_key_LBGTKH, key, state.t, axis=3),
+                own_value_LBGTKH=jax.lax.dynamic_update_slice_in_dim(state.own_value_LBGTKH, value, state.t, axis=3),
+                done_BG=state.done_BG | (live & jnp.isin(token, stop_ids)),
+                tokens_BGT=state.tokens_BGT.at[:, :, state.t].set(token),
+                logprobs_BGT=state.logprobs_BGT.at[:, :, state.t].set(logprob),
+                mask_BGT=state.mask_BGT.at[:, :, state.t].set(live),
+            )
+
+        state = jax.lax.while_loop(
+            lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done_BG),
+            body,
+            _State(
+                t=jnp.int32(0),
+                hidden_BGD=jnp.broadcast_to(hidden_BD[:, None], (B, G, hidden_BD.shape[-1])),
+                own_key_LBGTKH=jnp.zeros(own_shape, prompt_key.dtype),
+                own_value_LBGTKH=jnp.zeros(own_shape, prompt_value.dtype),
+                done_BG=jnp.zeros((B, G), bool),
+                tokens_BGT=jnp.full((B, G, max_new_tokens), pad_id, jnp.int32),
+                logprobs_BGT=jnp.zeros((B, G, max_new_tokens), jnp.float32),
+                mask_BGT=jnp.zeros((B, G, max_new_tokens), bool),
+            ),
+        )
+        return Completions(state.tokens_BGT, state.logprobs_BGT, state.mask_BGT, ~state.done_BG)
+
+    return jax.jit(sample)
+
+
+def completion_keys(seed: jax.Array, step: jax.Array, prompt_ids_B: jax.Array, sample_ids_G: jax.Array) -> jax.Array:
+    """One random key [B, G] a completion, from nothing but its names."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    keys_B = jax.vmap(lambda prompt_id: jax.random.fold_in(base, prompt_id))(prompt_ids_B)
+    return jax.vmap(lambda key: jax.vmap(lambda sample_id: jax.random.fold_in(key, sample_id))(sample_ids_G))(keys_B)
+
+
+def choose(logits_NV: jax.Array, uniforms_N: jax.Array, settings: SamplingSettings) -> tuple[jax.Array, jax.Array]:
+    """A token a row by inverse transform of one uniform number, and its log-probability before the filters."""
+    greedy = settings.temperature <= 0
+    logprobs = jax.nn.log_softmax(logits_NV / jnp.where(greedy, 1.0, settings.temperature))
+    filtering = (settings.top_k > 0) | (settings.top_p < 1)
+    probabilities = jax.lax.cond(filtering, lambda: filtered(logprobs, settings), lambda: jnp.exp(logprobs))
+    cumulative = jnp.cumsum(probabilities, axis=-1)
+    # Below the row's own total, so that float32 rounding can never point past the last token with any mass.
+    target = uniforms_N[:, None] * cumulative[:, -1:]
+    sampled = jnp.sum(cumulative <= target, axis=-1)
+    # uniform < 1, but uniform × total may round up to the total: step back onto the last token that has mass.
+    last = probabilities.shape[-1] - 1 - jnp.argmax(probabilities[:, ::-1] > 0, axis=-1)
+    token = jnp.where(greedy, jnp.argmax(logprobs, axis=-1), jnp.minimum(sampled, last)).astype(jnp.int32)
+    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+
+def filtered(logprobs_NV: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """Probabilities with everything outside the top-k, and then outside the top-p nucleus, set to zero."""
+    order = jnp.argsort(-logprobs_NV, axis=-1, stable=True)
+    ranked = jnp.exp(jnp.take_along_axis(logprobs_NV, order, axis=-1))
+    rank = jnp.arange(ranked.shape[-1])
+    kept = jnp.where(settings.top_k > 0, rank < settings.top_k, True)
+    ranked = jnp.where(kept, ranked, 0.0)
+    ranked = ranked / jnp.sum(ranked, axis=-1, keepdims=True)
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # the likeliest token always stays
+    ranked = jnp.where((before < settings.top_p) | (rank == 0), ranked, 0.0)
+    rows = jnp.arange(logprobs_NV.shape[0])[:, None]
+    return jnp.zeros_like(logprobs_NV).at[rows, order].set(ranked)

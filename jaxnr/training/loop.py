@@ -1,0 +1,62 @@
+"""The one host loop: batches in, steps, metrics, checkpoints; a killed run resumes to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxnr.checkpoint import Checkpoints
+from jaxnr.progress import progress
+from jaxnr.training.metrics import MetricsLog
+from jaxnr.training.steps import TrainState
+
+
+class Batches(Protocol):
+    """An endless iterator whose place can be saved and restored (Grain's DatasetIterator)."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def train(
+    *,
+    stage: str,
+    state: TrainState,
+    batches: Batches,
+    step: Callable[[TrainState, Any, int], tuple[TrainState, dict]],
+    steps: int,
+    folder: Path,
+    checkpoint_every: int,
+    log: MetricsLog,
+    validate: Callable[[dict], dict] | None = None,
+    validate_every: int = 0,
+) -> TrainState:
+    """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if there is one.
+
+    ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
+    end; they never change what is trained.
+    """
+    with Checkpoints(folder) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done:
+            state, data_state = checkpoints.restore(state)
+            batches.set_state(data_state)
+        log.truncate_after(stage, done)
+        if validate and not done:
+            log.write(stage, 0, validate(state.params))
+        with progress(stage, steps, completed=done) as bar:
+            for index in range(done, steps):
+                state, metrics = step(state, next(batches), index)
+                metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
+                if validate and validate_every and ((index + 1) % validate_every == 0 or index + 1 == steps):
+                    metrics |= validate(state.params)
+                log.write(stage, index + 1, metrics)
+                bar.advance(metrics)
+                if (index + 1) % checkpoint_every == 0 or index + 1 == steps:
+                    checkpoints.save(index + 1, state, batches.get_state())
+    return state

@@ -1,0 +1,193 @@
+"""The jitted steps: ``step(state, batch) -> (state, metrics)``, the state donated, sharded by the table of ``mesh.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxnr.config import GrpoConfig, OptimizerConfig
+from jaxnr.mesh import batch_sharding, replicated, tree_shardings
+from jaxnr.models.decoder import Decoder, head_VD
+from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, reverse_kl, sft_loss, token_logprobs
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class Batch:
+    """Left-padded prompts with G completions each; ``mask_BGT`` includes the end token."""
+
+    prompt_BS: jax.Array
+    prompt_mask_BS: jax.Array
+    completion_BGT: jax.Array
+    mask_BGT: jax.Array
+
+
+@flax.struct.dataclass
+class ScoredBatch(Batch):
+    """Sampled completions with their log-probabilities at sampling and their composite rewards."""
+
+    old_logprobs_BGT: jax.Array
+    reward_BG: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; linear warm-up, then cosine decay to a tenth."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(config.warmup_steps, max(steps - 1, 0)),
+        decay_steps=max(steps, 1),
+        end_value=config.learning_rate / 10,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, weight_decay=config.weight_decay),
+    )
+
+
+def create_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, placed on the mesh. Copies ``params``, since steps donate their state."""
+
+    def build(params: dict) -> TrainState:
+        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    shardings = tree_shardings(jax.eval_shape(build, params), mesh)
+    return jax.jit(build, out_shardings=shardings)(params)
+
+
+def _jit_step(step: Callable, state: TrainState, mesh: Mesh, constants: int = 0) -> Callable:
+    """Compiles ``step(state, *constants, batch)``; constants (a teacher's parameters) keep the sharding they have."""
+    shardings = tree_shardings(state, mesh)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, *(None,) * constants, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _updated(
+    state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradients: dict, metrics: dict
+) -> tuple[TrainState, dict]:
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), **metrics}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def make_sft_step(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    vocabulary_size: int,
+) -> Callable:
+    """Supervised fine-tuning: warm start, and supervised distillation."""
+
+    def loss_fn(params: dict, batch: Batch) -> jax.Array:
+        hidden = model.apply(
+            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
+        )
+        logprobs = token_logprobs(hidden, head_VD(params), batch.completion_BGT, vocabulary_size=vocabulary_size)
+        return sft_loss(logprobs, batch.mask_BGT)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch)
+        return _updated(state, optimizer, loss, gradients, {})
+
+    return _jit_step(step, state, mesh)
+
+
+def make_grpo_step(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    vocabulary_size: int,
+    config: GrpoConfig,
+) -> Callable:
+    """Dr.GRPO on one sampled batch. ``logprob_gap`` is max |old − new| before the update: 0 but for rounding."""
+
+    def loss_fn(params: dict, batch: ScoredBatch) -> tuple[jax.Array, dict]:
+        hidden = model.apply(
+            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
+        )
+        logprobs = token_logprobs(
+            hidden,
+            head_VD(params),
+            batch.completion_BGT,
+            vocabulary_size=vocabulary_size,
+            temperature=config.temperature,
+        )
+        advantages_BG = dr_grpo_advantages(batch.reward_BG)
+        loss = dr_grpo_loss(
+            logprobs,
+            batch.old_logprobs_BGT,
+            advantages_BG,
+            batch.mask_BGT,
+            budget=batch.completion_BGT.shape[-1],
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+        )
+        gap = jnp.max(jnp.where(batch.mask_BGT, jnp.abs(logprobs - batch.old_logprobs_BGT), 0.0))
+        metrics = {
+            "logprob_gap": gap,
+            "surprisal": -masked_mean(logprobs, batch.mask_BGT),
+            "completion_tokens": jnp.mean(jnp.sum(batch.mask_BGT, axis=-1)),
+            "zero_advantage_groups": jnp.mean(jnp.all(advantages_BG == 0, axis=-1)),
+        }
+        return loss, metrics
+
+    def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
+        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        return _updated(state, optimizer, loss, gradients, metrics)
+
+    return _jit_step(step, state, mesh)
+
+
+def make_distill_step(
+    student: Decoder,
+    teacher: Decoder,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    vocabulary_size: int,
+    temperature: float,
+) -> Callable:
+    """``step(state, teacher_params, batch)``: exact reverse KL on the student's own samples, no gradient through them."""
+
+    def hidden_states(model: Decoder, params: dict, batch: Batch) -> jax.Array:
+        return model.apply(
+            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
+        )
+
+    def loss_fn(params: dict, teacher_params: dict, batch: Batch) -> jax.Array:
+        kl_BGT = reverse_kl(
+            hidden_states(student, params, batch),
+            head_VD(params),
+            jax.lax.stop_gradient(hidden_states(teacher, teacher_params, batch)),
+            head_VD(teacher_params),
+            vocabulary_size=vocabulary_size,
+            temperature=temperature,
+        )
+        return masked_mean(kl_BGT, batch.mask_BGT)
+
+    def step(state: TrainState, teacher_params: dict, batch: Batch) -> tuple[TrainState, dict]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, teacher_params, batch)
+        tokens = jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))
+        return _updated(state, optimizer, loss, gradients, {"reverse_kl": loss, "completion_tokens": tokens})
+
+    return _jit_step(step, state, mesh, constants=1)
