@@ -37,8 +37,17 @@ def max_score(rows_QK: np.ndarray, scores_QK: np.ndarray, query_mask_Q: np.ndarr
     return _merge(rows_QK, scores_QK, query_mask_Q, np.maximum)
 
 
+MERGES: dict[str, Merge] = {
+    "reciprocal_rank": reciprocal_rank,
+    "round_robin": round_robin,
+    "max_score": max_score,
+}
+"""The merges by the names that ``retrieval.merge`` takes."""
+
+
 def _merge(rows_QK: np.ndarray, merits_QK: np.ndarray, query_mask_Q: np.ndarray, combine: np.ufunc) -> np.ndarray:
     """Combines the merits of equal rows of one user by ``combine`` and sorts each user's rows by them, best first."""
+    rows_QK, merits_QK, query_mask_Q = np.asarray(rows_QK), np.asarray(merits_QK), np.asarray(query_mask_Q)
     *leading, Q, K = rows_QK.shape
     valid_QK = query_mask_Q[..., None] & (rows_QK >= 0)
 

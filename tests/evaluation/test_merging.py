@@ -1,10 +1,13 @@
 import time
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxnr.config import RetrievalConfig
+from jaxnr.evaluation.merging import MERGES as BY_NAME
 from jaxnr.evaluation.merging import max_score, reciprocal_rank, round_robin, to_item_ids
 
 MERGES = (reciprocal_rank, round_robin, max_score)
@@ -70,6 +73,11 @@ def test_the_three_merges_differ_as_they_should():
 def test_nothing_retrieved_is_an_empty_ranking(merge):
     ranking = merge(np.full((2, 3, 4), -1), np.zeros((2, 3, 4)), np.ones((2, 3), bool))
     assert to_item_ids(ranking, np.array(["a"])) == [[], []]
+
+
+def test_every_name_of_the_configuration_is_its_merge():
+    names = get_args(get_type_hints(RetrievalConfig)["merge"])
+    assert {name: BY_NAME[name].__name__ for name in names} == {name: name for name in BY_NAME}
 
 
 def test_rows_become_ids_and_padding_disappears():
