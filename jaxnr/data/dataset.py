@@ -102,9 +102,12 @@ def load(folder: Path, split: str) -> ExampleSource:
         builder = tfds.builder_from_directory(folder.absolute())
         if split not in builder.info.splits:
             raise InputError(f"{folder}: has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}.")
-        return ExampleSource(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
-    except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
+        source = ExampleSource(builder.as_data_source(split))  # pyright: ignore[reportCallIssue]
+        # The files are opened when first read; one that is missing or cut off is better noticed here.
+        _ = source[0], source[-1]
+    except (OSError, ValueError, RuntimeError, tfds.core.DatasetNotFoundError) as error:
         raise InputError(f"{folder}: not a folder of prepared examples (TFDS, array_record): {error}") from error
+    return source
 
 
 def _decode(record: dict[str, Any]) -> Example:

@@ -126,8 +126,11 @@ def test_a_missing_folder_or_split_is_an_input_error(tmp_path):
         load(tmp_path / "examples", "dev")
 
 
-def test_a_truncated_folder_is_an_input_error(tmp_path):
+@pytest.mark.parametrize("name", ["features.json", "user_histories-train.array_record-00000-of-00001"])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_file_is_an_input_error(tmp_path, name, share):
     prepare(make_splits(), tmp_path / "examples")
-    (tmp_path / "examples" / "features.json").write_text("{")
+    whole = (tmp_path / "examples" / name).read_bytes()
+    (tmp_path / "examples" / name).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(InputError, match="not a folder of prepared examples"):
         load(tmp_path / "examples", "train")
