@@ -1,0 +1,107 @@
+"""Tokenizers: byte-level BPE trained for models from scratch, and any Hugging Face tokenizer with a chat template."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jaxnr.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML, as the Qwen models have it, without a system message of its own."""
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The split of Qwen2: words with the space before them, digits one by one."""
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """Trains a byte-level BPE and saves it in the Hugging Face layout; returns it as loaded from there.
+
+    The same texts give the same tokenizer. A small corpus may give fewer tokens than asked for. Every string round
+    trips: bytes never seen in training are tokens of their own, and nothing is normalised. Raises InputError where the
+    vocabulary has no room for the 256 bytes and the special tokens.
+    """
+    specials = [AddedToken(name, special=True, normalized=False) for name in (PAD, START, END)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocabulary_size < len(alphabet) + len(specials):
+        raise InputError(
+            f"prompt.vocabulary_size is {vocabulary_size}: a byte-level tokenizer needs at least "
+            f"{len(alphabet) + len(specials)}, the 256 bytes and {len(specials)} special tokens."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    _save(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token=PAD,
+            eos_token=END,
+            additional_special_tokens=[START],
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+        ),
+        folder,
+    )
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a local folder or, for a name that is no folder, from the Hugging Face hub; runs no remote code.
+
+    Its pad token is its end token where it has none. Raises InputError where it cannot be read, or has no end token or
+    no chat template.
+    """
+    if not Path(name_or_path).is_dir() and (isinstance(name_or_path, Path) or name_or_path.startswith(("/", ".", "~"))):
+        raise InputError(f"{name_or_path}: no such folder; expected one with tokenizer.json and tokenizer_config.json.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{name_or_path}: not a tokenizer in the Hugging Face layout (a folder with tokenizer.json and "
+            f"tokenizer_config.json, or a name on the hub): {' '.join(str(error).split())}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name_or_path}: the tokenizer has no end token (eos_token in tokenizer_config.json).")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{name_or_path}: the tokenizer has no chat template; use the one of an instruction-tuned model."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Each file whole or not at all; other files of the folder (weights, say) stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        tokenizer.save_pretrained(partial, save_jinja_files=False)
+        for path in sorted(Path(partial).iterdir()):
+            os.replace(path, folder / path.name)
