@@ -1,4 +1,4 @@
-"""Cheap, language-agnostic rules that keep what says something about a person's interests (section 3.1 of the paper).
+"""Cheap, language-agnostic rules that keep what says something about a person's interests (the paper's first step).
 
 Nothing here learns and nothing reads more than the text itself and the user's few texts before it, so a text is kept or
 dropped by what was known when it happened: cleaning a whole log and then cutting it at a time gives what cutting first
