@@ -11,11 +11,14 @@ from jaxnr.data.synthetic.parameters import WorldParameters
 from jaxnr.data.synthetic.text import write_pages, write_queries
 from jaxnr.data.synthetic.users import Users
 
+LONGEST_SESSION = 4
+"""Events; longer ones would let a single evening fill a prompt."""
+
 
 def generate_browsing(rng: np.random.Generator, parameters: WorldParameters, lexicon: Lexicon, users: Users) -> Log:
     """All clean searches and pages, sessions numbered from 0."""
     user_N, time_N, interest_N = _sessions(rng, parameters, users)
-    length_N = np.minimum(rng.geometric(1.0 - parameters.session_continue, size=len(user_N)), 5)
+    length_N = np.minimum(rng.geometric(1.0 - parameters.session_continue, size=len(user_N)), LONGEST_SESSION)
     session = np.repeat(np.arange(len(user_N)), length_N)
     step = np.arange(len(session)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
     time = time_N[session] + step * rng.integers(60, 240, size=len(session))

@@ -52,7 +52,7 @@ class Lexicon:
 @functools.cache
 def load_lexicon() -> Lexicon:
     """The lexicon that comes with the package."""
-    text = resources.files(__package__).joinpath("lexicon.toml").read_text(encoding="utf-8")
+    text = resources.files("jaxnr.data.synthetic").joinpath("lexicon.toml").read_text(encoding="utf-8")
     topics, subjects = [], []
     for name, entry in tomllib.loads(text).items():
         rows = entry.pop("subjects")

@@ -33,7 +33,7 @@ def make_log(
     user: np.ndarray,
     time: np.ndarray,
     domain: np.ndarray,
-    text: Sequence[str],
+    text: Sequence[str] | np.ndarray,
     dwell: np.ndarray,
     session: np.ndarray,
     label: np.ndarray,

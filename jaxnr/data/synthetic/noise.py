@@ -12,18 +12,23 @@ from jaxnr.data.synthetic.parameters import WorldParameters
 from jaxnr.data.synthetic.users import Users
 
 NAVIGATIONAL = (
-    ("facebook login", "youtube", "gmail sign in", "weather", "google maps", "amazon", "bbc news", "translate", "ebay")
-    + ("online banking login", "instagram", "hotmail inbox", "whatsapp web", "netflix sign in", "calendar", "www.reddit.com")
-)  # fmt: skip
-NAVIGATIONAL_PAGES = ("Inbox (3)", "Log in or sign up", "New tab", "Home", "YouTube", "Google", "Sign in to your account",
-                      "My basket", "Facebook", "Page not found", "Online banking - accounts overview")  # fmt: skip
-MALFORMED = ("", "   ", "http://", "https://www.", "%20%20", "%E2%80%A6%20", "aaaaaaaa", "......", "?????", "\x00\x07\x1b",
-             "null", "undefined", "/index.php?id=", "Ã©Â©â‚¬", "â€œâ€™Ã¢", "\ufffd\ufffd\ufffd", "-- -- --", "0x8f3a9",
-             "<div class=", "&nbsp;&nbsp;")  # fmt: skip
-SPAM = ("win free iphone click here", "you are our lucky visitor claim prize now", "hot singles in your area",
-        "earn 5000 a week from home guaranteed", "your computer is infected call now", "cheap pills no prescription",
-        "congratulations you have been selected", "free gift card no survey", "casino bonus 200 free spins",
-        "one weird trick doctors hate")  # fmt: skip
+    *("facebook login", "youtube", "gmail sign in", "weather", "google maps", "amazon", "bbc news", "translate"),
+    *("online banking login", "instagram", "hotmail inbox", "whatsapp web", "netflix sign in", "calendar", "ebay"),
+)
+NAVIGATIONAL_PAGES = (
+    *("Inbox (3)", "Log in or sign up", "New tab", "Home", "YouTube", "Google", "Sign in to your account", "Facebook"),
+    *("My basket", "Page not found", "Online banking - accounts overview"),
+)
+MALFORMED = (
+    *("", "   ", "http://", "https://www.", "%20%20", "%E2%80%A6%20", "aaaaaaaa", "......", "?????", "\x00\x07\x1b"),
+    *("null", "undefined", "/index.php?id=", "Ã©Â©â‚¬", "â€œâ€™Ã¢", "\ufffd\ufffd\ufffd", "-- -- --", "0x8f3a9"),
+    *("<div class=", "&nbsp;&nbsp;"),
+)
+SPAM = (
+    *("win free iphone click here", "you are our lucky visitor claim prize now", "cheap pills no prescription"),
+    *("earn 5000 a week from home guaranteed", "your computer is infected call now", "casino bonus 200 free spins"),
+    *("congratulations you have been selected", "free gift card no survey", "one weird trick doctors hate"),
+)
 ERRANDS = ("gift for dad", "homework", "present idea for a friend", "for school project", "asking for a colleague")
 
 

@@ -29,7 +29,7 @@ class WorldParameters:
     quality_sigma: float = 0.4
     """Log-normal and mild: headlines differ in pull, yet interest matters more than quality."""
     subject_skew: float = 0.5
-    """Zipf exponent of subject popularity, among articles and among users: some subjects are big, none is everything."""
+    """Zipf exponent of subject popularity, among articles and users alike: some are big, none is everything."""
     burst_share: float = 0.01
     """Share of (day, subject) pairs in which a story breaks."""
     burst_factor: float = 6.0
@@ -75,7 +75,7 @@ class WorldParameters:
     """Someone with a new interest looks it up more in the first days."""
 
     # News requests, slates and clicks.
-    news_visits_per_day: float = 0.8
+    news_visits_per_day: float = 0.9
     """Most readers open the news about daily."""
     second_visit: float = 0.2
     """Chance of an evening visit after one earlier on the day."""
@@ -103,10 +103,10 @@ class WorldParameters:
     # Cold users.
     cold_join_days: float = 12.0
     """They join within the last so many days."""
-    cold_browse_sessions: float = 1.5
+    cold_browse_sessions: float = 1.0
     """Mean number of sessions beyond the first."""
     cold_news_days: float = 7.0
-    cold_visits_per_day: float = 0.35
+    cold_visits_per_day: float = 0.3
     """They read news in the last week only, seldom."""
 
     # Noise, as share of all events.

@@ -15,10 +15,10 @@ from jaxnr.data.synthetic.lexicon import Subject
 # Slots: a anchor; n m news terms (plural), s search term, p page term; T actors (plural), e event (singular),
 # q query word, g kind of page, site.
 HEADLINES = (
-    "{T} warn {n} could face {e}",
+    "{T} expect {n} to feel impact of {e}",
     "{n} brace for {e} as {T} hold talks",
     "{e} puts {n} under pressure, {T} say",
-    "How {n} and {m} survived {e}",
+    "How {e} changed {n} and {m}",
     "Why {T} are losing patience with {n}",
     "{n} rebound after {e}, surprising {T}",
     "{T} split over {n} following {e}",
@@ -50,11 +50,11 @@ QUERIES = (
     "{a} {q}",
     "{a} {s}",
     "best {s}",
-    "good {s} {a}",
+    "{s} {a}",
     "what is {s}",
     "{s} 2025",
-    "{s} help",
-    "compare {s}",
+    "{s} tips",
+    "{s} advice",
     "{a} {p}",
     "{a} {n}",
 )

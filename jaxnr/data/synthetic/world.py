@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 from jaxnr.data.schema import ARTICLES, DOMAINS, EVENTS, REQUESTS, Tables
 from jaxnr.data.synthetic.articles import Catalogue, generate_catalogue, popularity
 from jaxnr.data.synthetic.browsing import generate_browsing
-from jaxnr.data.synthetic.clock import DAY
 from jaxnr.data.synthetic.lexicon import Lexicon, load_lexicon
 from jaxnr.data.synthetic.log import LABELS, Log, join_logs
-from jaxnr.data.synthetic.news import Requests, click_log, generate_requests
+from jaxnr.data.synthetic.news import Requests, Site, click_log, generate_requests
 from jaxnr.data.synthetic.noise import generate_noise
 from jaxnr.data.synthetic.parameters import WorldParameters
 from jaxnr.data.synthetic.users import Users, generate_users
 
 __all__ = ["Truth", "World", "WorldParameters", "generate_world"]
 
+_DEFAULT = WorldParameters()
 _TIME = pa.timestamp("s", tz="UTC")
 
 
@@ -61,7 +61,7 @@ class World:
     truth: Truth
 
 
-def generate_world(seed: int, parameters: WorldParameters = WorldParameters()) -> World:
+def generate_world(seed: int, parameters: WorldParameters = _DEFAULT) -> World:
     """The world of this seed: the same seed and parameters give the same tables."""
     lexicon = load_lexicon()
     of_popularity, of_articles, of_users, of_browsing, of_requests, of_clicks, of_noise = np.random.default_rng(
@@ -71,8 +71,9 @@ def generate_world(seed: int, parameters: WorldParameters = WorldParameters()) -
     catalogue = generate_catalogue(of_articles, parameters, lexicon, popularity_S)
     users = generate_users(of_users, parameters, popularity_S, lexicon.topic_of_subject)
     browsing = generate_browsing(of_browsing, parameters, lexicon, users)
-    requests = generate_requests(of_requests, parameters, catalogue, users)
-    clicks = click_log(of_clicks, catalogue, users, requests, parameters.days * DAY)
+    site = Site(parameters, lexicon.topic_of_subject, catalogue, users)
+    requests = generate_requests(of_requests, site)
+    clicks = click_log(of_clicks, site, requests)
     clean_events_U = np.bincount(np.concatenate([browsing.user, clicks.user]), minlength=parameters.n_users)
     noise = generate_noise(of_noise, parameters, lexicon, users, clean_events_U)
 
