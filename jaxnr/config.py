@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-from typing import Literal
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from jaxnr.errors import InputError
+from jaxnr.files import write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,3 +198,135 @@ class Config:
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
+
+
+def load_config(path: Path) -> Config:
+    """The config in a TOML file; a key it leaves out keeps its default.
+
+    Raises InputError for a file that cannot be read, an unknown key (naming the nearest known one) or a value of the
+    wrong type. Whether the values make sense is for ``config_rules.validate``: the command line may still change them.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return _replace(Config(), table)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this config: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a UTF-8 text file; expected a config in TOML.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}.") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every setting, so that ``load_config`` gives ``config`` back whatever the defaults have become."""
+    write_text(path, to_toml(config))
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value, for every setting of a config or of one section."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            values[prefix + field.name] = value
+    return values
+
+
+def _replace(section: Any, table: dict[str, Any], prefix: str = "") -> Any:
+    """``section`` with the values of a TOML table; the defaults are the section's own, not its class's."""
+    types = get_type_hints(type(section))
+    values = {}
+    for name, value in table.items():
+        key = prefix + name
+        if name not in types:
+            raise InputError(f"unknown key `{key}`; the nearest known key is `{_nearest(name, prefix, list(types))}`.")
+        current = getattr(section, name)
+        if not dataclasses.is_dataclass(current):
+            values[name] = _convert(key, value, types[name])
+        elif isinstance(value, dict):
+            values[name] = _replace(current, value, f"{key}.")
+        else:
+            raise InputError(f"`{key}` is {_show(value)}; expected a table, [{key}], with its own keys.")
+    return dataclasses.replace(section, **values)
+
+
+def _nearest(name: str, prefix: str, siblings: list[str]) -> str:
+    """The known key closest to ``prefix + name``: a sibling spelt alike, else the same name in another table."""
+    alike = difflib.get_close_matches(name, siblings, n=1)
+    elsewhere = [key for key in flatten(Config()) if key.rpartition(".")[2] == name]
+    if not alike and elsewhere:
+        return elsewhere[0]
+    return prefix + (alike or difflib.get_close_matches(name, siblings, n=1, cutoff=0.0))[0]
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """A TOML value as the type of its field: a whole number will do for a float, a list for a tuple."""
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(f"{key}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:  # exactly: true is not the number 1
+        return value
+    raise InputError(f"`{key}` is {_show(value)}; expected {_expected(kind)}.")
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(_show(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list, each item {_expected(get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}[kind]
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def to_toml(config: Config) -> str:
+    """Every setting as TOML, under the docstring it has in this file."""
+    lines: list[str] = []
+
+    def comment(text: str) -> None:
+        lines.extend(f"# {line}" for line in textwrap.wrap(text, 100))
+
+    def write(section: Any, prefix: str) -> None:
+        comment(type(section).__doc__ or "")
+        if prefix:
+            lines.append(f"[{prefix}]")
+        notes = _field_docstrings(type(section))
+        values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+        tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+        for name in [name for name in values if name not in tables]:
+            comment(notes.get(name, ""))
+            lines.append(tomli_w.dumps({name: values[name]}).strip())
+        for name, table in tables.items():
+            lines.append("")
+            write(table, f"{prefix}.{name}" if prefix else name)
+
+    write(config, "")
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _field_docstrings(section: type) -> dict[str, str]:
+    """Field to the string that stands under it in the source."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(section)).body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: " ".join(note.value.value.split())
+        for field, note in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
+    }
+
+
+if __name__ == "__main__":
+    print(to_toml(Config()), end="")

@@ -1,0 +1,226 @@
+"""The command line: one subcommand for each stage of the road, and ``run`` and ``quickstart``, which walk all of it.
+
+Nothing here imports jax before a command runs, so that ``--help`` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from jaxnr import __version__
+from jaxnr.config import Config, flatten, load_config, save_config
+from jaxnr.config_rules import validate
+from jaxnr.errors import InputError
+
+_DEFAULTS = Config()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Walk the whole road on the generated world: minutes on a laptop, no downloads."""
+
+    out: Path | None = None
+    """Folder of the run; runs/quickstart-seed<N> when not given."""
+    seed: int = 0
+    """Seed of the world, the models and every draw."""
+    resume: bool = False
+    """Go on with the run in the folder, from its last checkpoint."""
+
+    def __call__(self) -> None:
+        config = dataclasses.replace(_DEFAULTS, seed=self.seed)
+        out = self.out or Path("runs") / f"quickstart-seed{self.seed}"
+        _walk(config, out, Run.stages, self.resume)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OnConfig:
+    """A part of the road, on a config file whose settings the options below override."""
+
+    stages: ClassVar[tuple[str, ...]]
+
+    config_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="CONFIG", metavar="CONFIG")]
+    """TOML file with the settings; what it leaves out keeps the default shown here."""
+    out: Path | None = None
+    """Folder of the run; runs/<name of CONFIG>-seed<N> when not given."""
+    resume: bool = False
+    """Go on with the run in the folder: pass over stages that have ended, take others up at their last checkpoint."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = _DEFAULTS
+
+    def __call__(self) -> None:
+        out = self.out or Path("runs") / f"{self.config_file.stem}-seed{self.config.seed}"
+        _walk(self.config, out, self.stages, self.resume)
+
+
+class Run(_OnConfig):
+    """Walk the whole road on any config."""
+
+    stages = ("data", "sft", "grpo", "distill", "evaluate")
+
+
+class Data(_OnConfig):
+    """Begin a run: read and clean the events, split them, build the tokenizer and the article index."""
+
+    stages = ("data",)
+
+
+class Sft(_OnConfig):
+    """Warm start: teach the fresh teacher and student the output format on lists made from the users' own signals."""
+
+    stages = ("sft",)
+
+
+class Grpo(_OnConfig):
+    """Train the warm-started teacher with Dr.GRPO on the five rewards."""
+
+    stages = ("grpo",)
+
+
+class Distill(_OnConfig):
+    """Distil the teacher into the student, on the student's own samples and, for comparison, supervised."""
+
+    stages = ("distill",)
+
+
+class Evaluate(_OnConfig):
+    """Measure every method on the test users; write results.json and report.html."""
+
+    stages = ("evaluate",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Print the queries that a trained model writes for one user, and the articles they retrieve."""
+
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run whose model has been trained."""
+    user: str | None = None
+    """A user of the run's data, by id."""
+    events: Path | None = None
+    """Or one user's events, as JSON lines with `user_id`, `timestamp`, `domain` and `text`."""
+    model: Literal["teacher", "student"] = "student"
+    samples: int = 1
+    """Lists to sample."""
+
+    def __call__(self) -> None:
+        if (self.user is None) == (self.events is None):
+            raise InputError("generate needs one of --user USER_ID and --events FILE.jsonl: whose queries to write.")
+        if self.samples < 1:
+            raise InputError(f"--samples is {self.samples}; expected at least 1.")
+        _require_run(self.run_dir)
+        from jaxnr.generate import generate
+
+        generate(self.run_dir, self.user, self.events, self.model, self.samples)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html again from a run's results, and print the table."""
+
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run that has been evaluated."""
+
+    def __call__(self) -> None:
+        _require_run(self.run_dir)
+        from rich.console import Console
+
+        from jaxnr.evaluation.report import console_table, write_report
+        from jaxnr.training.metrics import read_metrics
+
+        results = _read_json(self.run_dir / "results.json")
+        showcase = _read_json(self.run_dir / "showcase.json")
+        write_report(self.run_dir / "report.html", results, read_metrics(self.run_dir / "metrics.jsonl"), showcase)
+        Console().print(console_table(results))
+
+
+Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Report
+
+_ABOUT = "From what a person searches, browses and reads to news search queries, and from those to news."
+_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+
+
+def main() -> None:
+    """Entry point: exits with 0 when all went well, 2 for a mistake in what was given, 130 when interrupted."""
+    try:
+        _parse(sys.argv[1:])()
+    except InputError as error:
+        print(f"jaxnr: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("jaxnr: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(args: list[str]) -> Command:
+    """The command with its settings: the defaults, then the config file, then the options."""
+    if args == ["--version"]:
+        print(f"jaxnr {__version__}")
+        sys.exit(0)
+    command = tyro.cli(Command, args=args, prog="jaxnr", description=_ABOUT, config=_STYLE)
+    if isinstance(command, _OnConfig):
+        with_file = type(command)(config_file=command.config_file, config=load_config(command.config_file))
+        command = tyro.cli(type(command), args=args[1:], prog=f"jaxnr {args[0]}", default=with_file, config=_STYLE)
+    return command
+
+
+def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool) -> None:
+    """Claims the folder, then runs the stages there; input that cannot be used leaves no empty run behind."""
+    validate(config)
+    fresh = claim(config, out, begin="data" in stages, resume=resume)
+    from jaxnr.road import run_stages
+
+    try:
+        run_stages(config, out, stages, resume)
+    except InputError:
+        if fresh and [path.name for path in out.iterdir()] == ["config.toml"]:
+            shutil.rmtree(out)
+        raise
+
+
+def claim(config: Config, out: Path, *, begin: bool, resume: bool) -> bool:
+    """Makes ``out`` the folder of a run of ``config``; returns whether the run is new. Never overwrites anything.
+
+    Stages that ``begin`` a run want a new folder, unless they ``resume``; the later ones want a run of the same config.
+    Raises InputError where that is not so.
+    """
+    saved = out / "config.toml"
+    try:
+        if not saved.exists():
+            if not begin:
+                raise InputError(f"{out} holds no run; `jaxnr data CONFIG --out {out}` begins one.")
+            if out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+                raise InputError(f"{out} is not empty and holds no run; give a new folder with --out.")
+            save_config(config, saved)
+            return True
+    except OSError as error:
+        raise InputError(f"{out} cannot be the folder of a run: {error.strerror}.") from None
+    if begin and not resume:
+        raise InputError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out.")
+    asked, before = flatten(config), flatten(load_config(saved))
+    if changes := [f"`{key}` was {before[key]!r}, now {asked[key]!r}" for key in asked if asked[key] != before[key]]:
+        raise InputError(f"{out} holds a run of another config: {'; '.join(changes)}. Give another folder with --out.")
+    return False
+
+
+def _require_run(run_dir: Path) -> None:
+    if not (run_dir / "config.toml").is_file():
+        raise InputError(f"{run_dir} holds no run: there is no config.toml in it.")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path} is missing; `jaxnr evaluate` writes it.") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.") from None
+
+
+if __name__ == "__main__":
+    main()

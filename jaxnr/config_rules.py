@@ -1,0 +1,84 @@
+"""Which values of a config make sense, and which make sense together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from jaxnr.config import Config, flatten
+from jaxnr.errors import InputError
+
+# Bounds of the numeric settings, by the last part of the key; a test sees that every number has one.
+# fmt: off
+POSITIVE = {
+    "valid_days", "test_days", "train_prompts_per_user", "max_signals", "min_signals", "hidden_size", "num_layers",
+    "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rms_norm_eps", "max_prompt_tokens",
+    "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
+    "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "batch_size", "prompts_per_step",
+    "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
+    "teacher_lists",
+}
+NOT_NEGATIVE = {
+    "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
+    "weight_decay", "cold_start_steps", "showcase_users", "validate_every",
+}
+SHARE = {"max_refused_share", "clip_low"}
+# fmt: on
+OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor"}
+"""Numbers whose bounds stand in ``_problems``."""
+
+
+def validate(config: Config) -> None:
+    """Raises InputError, naming every setting that is out of its bounds or at odds with another one."""
+    if problems := [*_out_of_bounds(config), *_problems(config)]:
+        raise InputError("The config does not make sense: " + "; ".join(problems) + ".")
+
+
+def _out_of_bounds(config: Config) -> Iterator[str]:
+    for key, value in flatten(config).items():
+        name = key.rpartition(".")[2]
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, int | float)]
+        if not all(map(math.isfinite, numbers)):
+            yield f"`{key}` is {json.dumps(value)}, expected a finite number"
+        elif name in POSITIVE and not all(number > 0 for number in numbers):
+            yield f"`{key}` is {json.dumps(value)}, expected more than 0"
+        elif name in NOT_NEGATIVE and not all(number >= 0 for number in numbers):
+            yield f"`{key}` is {json.dumps(value)}, expected 0 or more"
+        elif name in SHARE and not all(0 <= number <= 1 for number in numbers):
+            yield f"`{key}` is {json.dumps(value)}, expected a share between 0 and 1"
+
+
+def _problems(config: Config) -> Iterator[str]:
+    data, prompt, retrieval, mesh = config.data, config.prompt, config.retrieval, config.mesh
+    if data.format != "synthetic" and not data.path:
+        yield f'`data.path` is empty, expected the folder with the data in the format "{data.format}"'
+    if data.min_signals > data.max_signals:
+        yield f"`data.min_signals` is {data.min_signals}, expected at most `max_signals`, {data.max_signals}"
+    if prompt.min_queries > prompt.max_queries:
+        yield f"`prompt.min_queries` is {prompt.min_queries}, expected at most `max_queries`, {prompt.max_queries}"
+    buckets = prompt.prompt_buckets
+    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[-1] != prompt.max_prompt_tokens:
+        yield (
+            f"`prompt.prompt_buckets` is {json.dumps(buckets)}, expected rising lengths that end with "
+            f"`prompt.max_prompt_tokens`, {prompt.max_prompt_tokens}"
+        )
+    if prompt.vocabulary_size < 300:
+        yield f"`prompt.vocabulary_size` is {prompt.vocabulary_size}, expected at least 300: 256 bytes and the markers"
+    if retrieval.embedder == "sentence_encoder" and not retrieval.embedder_path:
+        yield "`retrieval.embedder_path` is empty, expected the folder or hub name of the sentence encoder"
+    if not any(flatten(config.reward)[name] for name in ("align", "coverage", "specificity", "diversity", "structure")):
+        yield "every weight in `reward` is 0, expected at least one above 0"
+    for name, model in (("teacher", config.teacher), ("student", config.student)):
+        if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+            yield f"`{name}.num_heads` is {model.num_heads}, expected a multiple of its {model.num_kv_heads} key heads"
+        if model.head_dim % 2:
+            yield f"`{name}.head_dim` is {model.head_dim}, expected an even number: rotary embeddings turn pairs"
+    if config.grpo.group_size < 2:
+        yield f"`grpo.group_size` is {config.grpo.group_size}, expected at least 2: an advantage compares completions"
+    best_of_n = config.evaluation.best_of_n
+    if list(best_of_n) != sorted(set(best_of_n)):
+        yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers"
+    axes = (mesh.data, mesh.fsdp, mesh.tensor)
+    if any(axis < 1 and axis != -1 for axis in axes) or axes.count(-1) > 1:
+        yield f"`mesh` is data {axes[0]}, fsdp {axes[1]}, tensor {axes[2]}, expected sizes from 1 on and at most one -1"
