@@ -24,7 +24,7 @@ PROBLEMS = {
     "not_json": "an array that is not JSON",
     "trailing_text": "text after the array",
     "not_strings": "an array with something other than strings in it",
-    "bad_characters": "a query with control characters, lone surrogates or unassigned code points",
+    "bad_characters": "a query with control characters, lone surrogates, unassigned code points or a special token",
     "empty_query": "a query without a letter or a digit",
     "too_few": "fewer queries than `min_queries`",
     "too_many": "more queries than `max_queries`",
@@ -90,6 +90,8 @@ def _decode(array: str) -> tuple[list[str], str | None]:
 def _problem(queries: tuple[str, ...], cfg: PromptConfig) -> str | None:
     """The first problem of decoded, normalised queries, or None."""
     if any(unicodedata.category(character) in ("Cc", "Cs", "Cn") for character in "".join(queries)):
+        return "bad_characters"
+    if any("<|" in query for query in queries):  # how special tokens begin, when decoding keeps them
         return "bad_characters"
     if not all(any(character.isalnum() for character in query) for query in queries):
         return "empty_query"

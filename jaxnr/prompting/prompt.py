@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
     Names of special tokens inside a signal are broken up, so nothing that a user typed or read can end a turn or open
     another. Raises InputError where the instructions alone are too long.
     """
-    pattern = _special_names(tuple(tokenizer.get_added_vocab()))
+    pattern = _special_names(tuple(token.content for token in tokenizer.added_tokens_decoder.values()))
     lines = [pattern.sub(r"\1 ", render_signals([signal])) for signal in example.signals]
     fixed = _fixed_length(tokenizer, cfg)
     if fixed > cfg.max_prompt_tokens:
@@ -83,17 +83,18 @@ def pad_prompts(
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of an output and the end token. Names of special tokens inside the text stay text."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return [*encoded["input_ids"], tokenizer.eos_token_id]
+    ids = cast(list[int], tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return [*ids, cast(int, tokenizer.eos_token_id)]
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], cfg: PromptConfig) -> list[int]:
     """The ids of the whole chat. `enable_thinking` is for the templates that know it (Qwen3); others ignore it."""
     request = f"{cfg.instructions} {REASONING_REQUEST}" if cfg.reasoning else cfg.instructions
     messages = [{"role": "user", "content": request + "\n\n" + "\n".join(lines)}]
-    return tokenizer.apply_chat_template(
+    ids = tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False, enable_thinking=cfg.reasoning
     )
+    return cast(list[int], ids)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,0 +1,210 @@
+"""The five rewards of sampled lists, and their weighted sum: from parsed lists to arrays [B, G]."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnr.config import Config, RewardConfig
+from jaxnr.data.examples import Example
+from jaxnr.prompting.output import ParsedList
+from jaxnr.retrieval.embedder import Embedder
+from jaxnr.retrieval.index import ArticleIndex
+from jaxnr.rewards.align import align
+from jaxnr.rewards.coverage import coverage
+from jaxnr.rewards.diversity import diversity
+from jaxnr.rewards.rubric import Calibration, Rubric, build_rubric
+from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity
+from jaxnr.rewards.structure import structure
+
+REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the rewards say of G lists for each of B users, and what their queries retrieve; on the host."""
+
+    rewards: dict[str, np.ndarray]
+    """Each of ``REWARDS``, [B, G] in [0, 1]; 0 for a list of invalid structure, NaN where the judge failed."""
+    total_BG: np.ndarray
+    """Their weighted sum."""
+    query_mask_BGQ: np.ndarray
+    article_rows_BGQK: np.ndarray
+    """Rows of the index, best first; -1 where there is none."""
+    article_scores_BGQK: np.ndarray
+    """Cosines; -inf where there is no article or no query."""
+
+
+class RewardModel:
+    """Scores lists: text is embedded once, everything after is arrays.
+
+    Args:
+        embedder: of queries, signals and articles.
+        index: the catalogue, by the same embedder; ``item_ids_I`` are the articles of its rows. Articles that a user
+            has clicked before the request are not retrieved for that user.
+        statistics: of the terms of the catalogue.
+        calibration: of the embedder's cosines, measured on the training signals.
+        config: the limits on lists, the articles a query and the weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedder: Embedder,
+        index: ArticleIndex,
+        item_ids_I: Sequence[str],
+        statistics: TermStatistics,
+        calibration: Calibration,
+        config: Config,
+    ):
+        self.embedder, self.index, self.statistics, self.calibration = embedder, index, statistics, calibration
+        self.item_ids_I = list(item_ids_I)
+        self.config = config
+        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids_I)}
+        self._rubrics: dict[int, Rubric] = {}
+        self._criteria: dict[str, tuple[float, ...]] = {}
+
+    def __call__(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Scored:
+        """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G)."""
+        Q, K = self.config.prompt.max_queries, self.config.retrieval.articles_per_query
+        B, G = len(lists), len(lists[0])
+        texts, text_BGQ = _unique_queries(lists, Q)
+        mask_BGQ = text_BGQ >= 0
+        # Row -1, the last, is what a missing query gets: zeros.
+        queries_BGQE = np.vstack([self._embed(texts), np.zeros((1, self.embedder.size), np.float32)])[text_BGQ]
+        criteria_BGQC = np.array([*map(self._criteria_of, texts), (0.0,) * len(CRITERIA)], np.float32)[text_BGQ]
+        scores_BGQK, rows_BGQK = self._search(examples, queries_BGQE, K)
+        scores_BGQK = np.where(mask_BGQ[..., None], scores_BGQK, -np.inf)
+        rows_BGQK = np.where(mask_BGQ[..., None], rows_BGQK, -1)
+        rubrics = self._rubrics_of(examples)
+        rewards, total_BG = _jitted_score(
+            queries_BGQE=queries_BGQE,
+            query_mask_BGQ=mask_BGQ,
+            article_scores_BGQK=scores_BGQK,
+            criteria_BGQC=criteria_BGQC,
+            facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
+            weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
+            valid_BG=structure(lists),
+            calibration=self.calibration,
+            weights=self.config.reward,
+        )
+        assert total_BG.shape == (B, G)
+        return Scored(
+            {name: np.asarray(reward_BG) for name, reward_BG in rewards.items()},
+            np.asarray(total_BG),
+            mask_BGQ,
+            rows_BGQK,
+            scores_BGQK,
+        )
+
+    def precompute(self, examples: Sequence[Example]) -> None:
+        """Builds the rubrics of many examples at once, each text embedded once."""
+        new = [example for example in examples if example.example_id not in self._rubrics]
+        texts = list(dict.fromkeys(signal.text for example in new for signal in example.signals))
+        row_of = {text: row for row, text in enumerate(texts)}
+        embeddings_NE = self._embed(texts)
+        for example in new:
+            signals_ME = embeddings_NE[[row_of[signal.text] for signal in example.signals]]
+            self._rubrics[example.example_id] = build_rubric(
+                signals_ME, self.calibration, self.config.reward.max_facets
+            )
+
+    def rubric(self, example: Example) -> Rubric:
+        """The example's coverage criteria; built once."""
+        return self._rubrics_of([example])[0]
+
+    def _rubrics_of(self, examples: Sequence[Example]) -> list[Rubric]:
+        self.precompute(examples)
+        return [self._rubrics[example.example_id] for example in examples]
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Queries and signals alike go in as queries, so that their cosines are those of the calibration."""
+        return self.embedder.embed_queries(texts) if texts else np.zeros((0, self.embedder.size), np.float32)
+
+    def _criteria_of(self, query: str) -> tuple[float, ...]:
+        if query not in self._criteria:
+            self._criteria[query] = self.statistics.criteria(query)
+        return self._criteria[query]
+
+    def _search(self, examples: Sequence[Example], queries_BGQE: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Each query's best articles of those published at its request and not seen by its user."""
+        B, G, Q, E = queries_BGQE.shape
+        seen = [[self._row_of[item_id] for item_id in example.seen if item_id in self._row_of] for example in examples]
+        exclude_BX = np.full((B, max(map(len, seen))), -1, np.int32)
+        for row, rows in enumerate(seen):
+            exclude_BX[row, : len(rows)] = rows
+        times_B = np.array([example.timestamp for example in examples])
+        scores_NK, rows_NK = self.index.search(
+            queries_BGQE.reshape(-1, E), np.repeat(times_B, G * Q), k, np.repeat(exclude_BX, G * Q, axis=0)
+        )
+        return scores_NK.reshape(B, G, Q, k), rows_NK.reshape(B, G, Q, k)
+
+
+def score(
+    queries_BGQE: jax.Array,
+    query_mask_BGQ: jax.Array,
+    article_scores_BGQK: jax.Array,
+    criteria_BGQC: jax.Array,
+    facets_BJE: jax.Array,
+    weights_BJ: jax.Array,
+    valid_BG: jax.Array,
+    calibration: Calibration,
+    weights: RewardConfig,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The five rewards and their composite, each [B, G]; a pure function of arrays."""
+    rewards = {
+        "align": align(article_scores_BGQK, query_mask_BGQ),
+        "coverage": coverage(queries_BGQE, query_mask_BGQ, facets_BJE, weights_BJ, calibration),
+        "specificity": specificity(criteria_BGQC, query_mask_BGQ),
+        "diversity": diversity(queries_BGQE, query_mask_BGQ),
+        "structure": valid_BG,
+    }
+    rewards = {name: jnp.where(valid_BG > 0, reward_BG, 0.0) for name, reward_BG in rewards.items()}
+    return rewards, combine(rewards, weights, valid_BG)
+
+
+_jitted_score = jax.jit(score, static_argnames=("weights",))
+
+
+def combine(rewards: dict[str, jax.Array], weights: RewardConfig, valid_BG: jax.Array) -> jax.Array:
+    """total_BG = Σ λ_k R_k (paper, the composite), 0 for a list of invalid structure.
+
+    A NaN (judge failure) stays NaN, unless its weight is 0: what is not asked for cannot fail.
+    """
+    weighted = [getattr(weights, name) * reward_BG for name, reward_BG in rewards.items() if getattr(weights, name)]
+    return jnp.where(valid_BG > 0, jnp.stack(weighted).sum(0), 0.0)
+
+
+def summarise(scored: Scored) -> dict[str, float]:
+    """For each reward and the total, judge failures aside: mean, mean spread (standard deviation) within a group, and
+    the share of groups in which it is constant and so teaches nothing; as ``reward/<name>/mean`` and so on.
+    """
+    summary = {}
+    for name, reward_BG in {**scored.rewards, "total": scored.total_BG}.items():
+        known = np.ma.masked_invalid(reward_BG.astype(np.float64))
+        spread_B = known.std(axis=1)
+        summary[f"reward/{name}/mean"] = _number(known.mean())
+        summary[f"reward/{name}/spread"] = _number(spread_B.mean())
+        # Equal values can have a spread of rounding error, so they are compared themselves.
+        summary[f"reward/{name}/constant"] = _number((known.max(axis=1) == known.min(axis=1)).mean())
+    return summary
+
+
+def _number(value: float | np.ma.MaskedArray) -> float:
+    """NaN where every value was a judge failure."""
+    return float("nan") if value is np.ma.masked else float(value)
+
+
+def _unique_queries(lists: Sequence[Sequence[ParsedList]], max_queries: int) -> tuple[list[str], np.ndarray]:
+    """The distinct queries, and text_BGQ: which of them each is, -1 for none."""
+    number: dict[str, int] = {}
+    text_BGQ = np.full((len(lists), len(lists[0]), max_queries), -1, np.int32)
+    for row, group in enumerate(lists):
+        for column, parsed in enumerate(group):
+            for place, query in enumerate(parsed.queries):
+                text_BGQ[row, column, place] = number.setdefault(query, len(number))
+    return list(number), text_BGQ
