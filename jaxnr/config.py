@@ -39,7 +39,7 @@ class DataConfig:
     """The latest clean signals that a prompt shows."""
     min_signals: int = 3
     """Users with fewer clean signals before the request are skipped and counted."""
-    max_test_users: int = 400
+    max_test_users: int = 0
     """At most so many test users (validation: half as many), drawn by seed; 0 for all."""
 
 
@@ -65,16 +65,16 @@ class PromptConfig:
     instructions: str = "Write news search queries for this reader."
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
-    max_prompt_tokens: int = 192
+    max_prompt_tokens: int = 256
     """Longer prompts lose their oldest signals; how many did is counted."""
-    prompt_buckets: tuple[int, ...] = (96, 192)
+    prompt_buckets: tuple[int, ...] = (256,)
     """Padded prompt lengths; each program compiles once a bucket."""
     max_new_tokens: int = 48
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 2
     max_queries: int = 6
     max_query_words: int = 10
-    vocabulary_size: int = 2048
+    vocabulary_size: int = 3072
     """Of the byte-level BPE that is trained for models from scratch."""
 
 
@@ -85,11 +85,11 @@ class RetrievalConfig:
     embedder: Literal["tfidf_svd", "sentence_encoder"] = "tfidf_svd"
     embedder_path: str = ""
     """Local folder or hub name of the sentence encoder."""
-    embedding_size: int = 192
+    embedding_size: int = 320
     """Of the TF-IDF + SVD embedder; a sentence encoder has its own."""
     articles_per_query: int = 10
     """K of the alignment reward, and what each query retrieves when serving."""
-    merge: Literal["reciprocal_rank", "round_robin", "max_score"] = "reciprocal_rank"
+    merge: Literal["reciprocal_rank", "round_robin", "max_score"] = "max_score"
     """How the lists of one user's queries become one ranking; chosen on validation."""
 
 
@@ -121,7 +121,9 @@ class SftConfig:
     """Warm start, or supervised distillation."""
 
     steps: int = 400
-    batch_size: int = 32
+    prompts_per_step: int = 16
+    group_size: int = 4
+    """Lists to imitate a prompt; they share it, as completions do."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
 
 
@@ -192,9 +194,9 @@ class Config:
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
-    teacher_lists: int = 1
+    teacher_lists: int = 2
     """Lists that the teacher samples a training prompt for supervised distillation and the student's cold start."""
-    supervised: SftConfig = SftConfig(steps=150, optimizer=OptimizerConfig(learning_rate=1e-3))
+    supervised: SftConfig = SftConfig(steps=150, group_size=2, optimizer=OptimizerConfig(learning_rate=1e-3))
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()

@@ -172,7 +172,7 @@ def warm_start(road: Road) -> None:
             road.fresh_params(policy, 2 * road.config.seed + offset),
             config,
             config.steps,
-            warm_start_batches(policy, road.config.seed),
+            warm_start_batches(policy, config.group_size, road.config.seed),
             source=road.examples["train"],
         )
 
@@ -231,10 +231,15 @@ def distill_student(road: Road) -> None:
     imitable = [example for example in road.examples["train"] if lists[example.example_id]]
 
     def imitate(examples: Sequence[Example], step: int) -> Batch:
+        del step
+        wanted = range(config.supervised.group_size)
         choices = [lists[example.example_id] for example in examples]
         return place_targets(
             student,
-            [Target(example, queries[step % len(queries)]) for example, queries in zip(examples, choices, strict=True)],
+            [
+                Target(example, tuple(known[place % len(known)] for place in wanted))
+                for example, known in zip(examples, choices, strict=True)
+            ],
         )
 
     untrained = road.trained_params(student, "warm_start_student")
@@ -315,7 +320,7 @@ def supervise(
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         return update(state, make_batch(examples, index))
 
-    return road.train(stage, state, step, steps=steps, prompts=config.batch_size, source=source)
+    return road.train(stage, state, step, steps=steps, prompts=config.prompts_per_step, source=source)
 
 
 def decoder_config(config: ModelConfig, vocabulary_size: int) -> DecoderConfig:

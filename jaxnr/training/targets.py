@@ -2,7 +2,8 @@
 
 A model that begins from nothing stands where a pretrained, prompted language model would: it knows the format and which
 texts go together, and nothing of the rewards. It learns that from the training split alone, without labels: a list is
-made of random signals of the user, some still shown in the prompt (copying) and some hidden from it (association).
+made of random signals of the user, some still shown in the prompt (copying) and some hidden from it (association), half
+of them in full and half as a few of their words.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example
 from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import encode_completion
+from jaxnr.retrieval.embedder import analyze
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
@@ -26,14 +29,14 @@ HIDDEN_SHARE = 0.3
 
 
 class Target(NamedTuple):
-    """A prompt and the list to imitate."""
+    """A prompt and G lists to imitate; they share the prompt, as completions do."""
 
     example: Example
-    queries: tuple[str, ...]
+    lists: tuple[tuple[str, ...], ...]
 
 
-def warm_start_target(example: Example, config: PromptConfig, rng: np.random.Generator) -> Target:
-    """A list of random signals of the user; in half the cases of signals that the prompt then does not show."""
+def warm_start_target(example: Example, config: PromptConfig, group_size: int, rng: np.random.Generator) -> Target:
+    """Lists of random signals of the user; for half of the prompts, of signals that the prompt then does not show."""
     signals = example.signals
     hidden = rng.random(len(signals)) < HIDDEN_SHARE
     if rng.random() < 0.5 and hidden.sum() >= config.min_queries and (~hidden).any():
@@ -41,9 +44,24 @@ def warm_start_target(example: Example, config: PromptConfig, rng: np.random.Gen
         pool = [signal.text for signal, hide in zip(signals, hidden, strict=True) if hide]
     else:
         shown, pool = signals, [signal.text for signal in signals]
+    return Target(
+        example._replace(signals=shown), tuple(_random_list(pool, config, rng) for _ in range(group_size))
+    )
+
+
+def _random_list(pool: Sequence[str], config: PromptConfig, rng: np.random.Generator) -> tuple[str, ...]:
     wanted = int(rng.integers(config.min_queries, config.max_queries + 1))
-    texts = [pool[row] for row in rng.permutation(len(pool))]
-    return Target(example._replace(signals=shown), queries_from(texts, config, wanted))
+    texts = (pool[row] for row in rng.permutation(len(pool)))
+    return queries_from([condense(text, rng) if rng.random() < 0.5 else text for text in texts], config, wanted)
+
+
+def condense(text: str, rng: np.random.Generator) -> str:
+    """A few of the text's content words, in their order: how a search query says a headline."""
+    terms = [term for term in analyze(text) if term not in ENGLISH_STOP_WORDS]
+    if len(terms) < 3:
+        return text
+    kept = np.sort(rng.permutation(len(terms))[: int(rng.integers(2, 5))])
+    return " ".join(terms[row] for row in kept)
 
 
 def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tuple[str, ...]:
@@ -57,14 +75,16 @@ def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tup
 
 
 def place_targets(policy: Policy, targets: Sequence[Target]) -> Batch:
-    """Prompts and their lists as one batch with G = 1; a list over the budget loses its last queries."""
+    """Prompts and their lists as one batch; a list over the generation budget loses its last queries."""
     T = policy.prompt.max_new_tokens
-    tokens_BGT = np.full((len(targets), 1, T), policy.tokenizer.pad_token_id, np.int32)
-    mask_BGT = np.zeros((len(targets), 1, T), bool)
+    shape_BGT = (len(targets), len(targets[0].lists), T)
+    tokens_BGT = np.full(shape_BGT, policy.tokenizer.pad_token_id, np.int32)
+    mask_BGT = np.zeros(shape_BGT, bool)
     for row, target in enumerate(targets):
-        ids = _fitting_ids(policy, target.queries, T)
-        tokens_BGT[row, 0, : len(ids)] = ids
-        mask_BGT[row, 0, : len(ids)] = True
+        for column, queries in enumerate(target.lists):
+            ids = _fitting_ids(policy, queries, T)
+            tokens_BGT[row, column, : len(ids)] = ids
+            mask_BGT[row, column, : len(ids)] = True
     prompt_BS, prompt_mask_BS = place_prompts(policy, [target.example for target in targets])
     return Batch(prompt_BS, prompt_mask_BS, *jax.device_put((tokens_BGT, mask_BGT), batch_sharding(policy.mesh)))
 
@@ -77,15 +97,18 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
     return ids[:budget]
 
 
-def warm_start_batches(policy: Policy, seed: int) -> Callable[[Sequence[Example], int], Batch]:
+def warm_start_batches(
+    policy: Policy, group_size: int, seed: int
+) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone."""
 
     def batch(examples: Sequence[Example], step: int) -> Batch:
+        draws = (np.random.default_rng([seed, step, example.example_id]) for example in examples)
         return place_targets(
             policy,
             [
-                warm_start_target(example, policy.prompt, np.random.default_rng([seed, step, example.example_id]))
-                for example in examples
+                warm_start_target(example, policy.prompt, group_size, rng)
+                for example, rng in zip(examples, draws, strict=True)
             ],
         )
 

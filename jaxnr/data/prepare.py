@@ -1,0 +1,146 @@
+"""The data stage: from a reader or the generated world to everything that the later stages load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from jax.sharding import Mesh
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jaxnr.config import Config
+from jaxnr.data.dataset import prepare as write_examples
+from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
+from jaxnr.data.readers import read_tables
+from jaxnr.data.schema import Tables
+from jaxnr.data.synthetic.world import generate_world
+from jaxnr.files import write_text
+from jaxnr.prompting.output import format_list
+from jaxnr.prompting.prompt import render_signals
+from jaxnr.prompting.tokenizer import train_tokenizer
+from jaxnr.retrieval.embedder import Embedder, TfidfSvdEmbedder, load_embedder
+from jaxnr.retrieval.index import NEVER, ArticleIndex
+from jaxnr.rewards.composite import RewardModel
+from jaxnr.rewards.rubric import Calibration, calibrate
+from jaxnr.rewards.specificity import TermStatistics
+
+
+def prepare_data(config: Config, out: Path) -> None:
+    """Writes under ``out``: data/ (tables, examples, report.json), truth/ (generated world only), tokenizer/.
+
+    Everything that is fitted sees only what is dated before the validation window.
+    """
+    tables, reader = _tables(config, out)
+    tables.save(out / "data")
+    splits = build_examples(tables, config.data, config.seed)
+    write_examples(splits, out / "data" / "examples")
+    t1, t2 = split_times(tables, config.data)
+    texts = known_texts(tables, splits.train, t1)
+    train_tokenizer(tokenizer_corpus(splits.train, texts, config), config.prompt.vocabulary_size, out / "tokenizer")
+    _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, t1)
+    write_text(out / "data" / "report.json", json.dumps(_report(tables, splits, reader, t1, t2), indent=2))
+
+
+def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
+    if config.data.format == "synthetic":
+        world = generate_world(config.seed)
+        world.truth.save(out / "truth")
+        return world.tables, {}
+    tables, report = read_tables(config.data)
+    return tables, dataclasses.asdict(report)
+
+
+def _prepare_retrieval(
+    config: Config, folder: Path, tables: Tables, train: Sequence[Example], texts: Sequence[str], t1: int
+) -> None:
+    """Fits the embedder, the term statistics and the judge's thresholds, and embeds the catalogue."""
+    embedder = load_embedder(config.retrieval, texts, config.seed)
+    if isinstance(embedder, TfidfSvdEmbedder):
+        embedder.save(folder)
+    TermStatistics.fit(article_texts(_published_before(tables, t1))).save(folder / "terms.json")
+    signals = [(row, signal.text) for row, example in enumerate(train) for signal in example.signals]
+    users, user_M = np.unique([train[row].user_id for row, _ in signals], return_inverse=True)
+    del users
+    calibration = calibrate(embed_unique(embedder, [text for _, text in signals]), user_M, config.seed)
+    write_text(folder / "calibration.json", json.dumps(calibration._asdict()))
+    embeddings_IE = embedder.embed_documents(article_texts(tables))
+    partial = folder / "articles.safetensors.partial"
+    save_file({"embeddings": embeddings_IE}, partial)
+    partial.rename(folder / "articles.safetensors")
+
+
+def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> RewardModel:
+    """The reward model over the catalogue, from what the data stage wrote."""
+    folder = out / "retrieval"
+    if config.retrieval.embedder == "tfidf_svd":
+        embedder = TfidfSvdEmbedder.load(folder)
+    else:
+        embedder = load_embedder(config.retrieval, (), config.seed)
+    with safe_open(folder / "articles.safetensors", framework="numpy") as file:
+        embeddings_IE = file.get_tensor("embeddings")
+    times = (tables.articles[name].cast("int64") for name in ("published_at", "expires_at"))
+    published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
+    return RewardModel(
+        embedder=embedder,
+        index=ArticleIndex(embeddings_IE, published_I, expires_I, mesh),
+        item_ids_I=tables.articles["item_id"].to_pylist(),
+        statistics=TermStatistics.load(folder / "terms.json"),
+        calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
+        config=config,
+    )
+
+
+def embed_unique(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
+    """Vectors [N, E] of the texts, each different text embedded once."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return embedder.embed_queries(list(row_of))[[row_of[text] for text in texts]]
+
+
+def _published_before(tables: Tables, t1: int) -> Tables:
+    earlier = tables.articles.filter(pc.less(tables.articles["published_at"].cast("int64"), t1))
+    return dataclasses.replace(tables, articles=earlier)
+
+
+def known_texts(tables: Tables, train: Sequence[Example], t1: int) -> list[str]:
+    """Articles published before t1 (title and abstract) and the signals of the training prompts, each text once."""
+    documents = article_texts(_published_before(tables, t1))
+    signals = (signal.text for example in train for signal in example.signals)
+    return list(dict.fromkeys([*documents, *signals]))
+
+
+def article_texts(tables: Tables) -> list[str]:
+    """Title and abstract of every article, in the order of the table."""
+    columns = (tables.articles[name].to_pylist() for name in ("title", "abstract"))
+    return [f"{title}. {abstract}".strip() for title, abstract in zip(*columns, strict=True)]
+
+
+def tokenizer_corpus(train: Sequence[Example], texts: Sequence[str], config: Config) -> list[str]:
+    """What prompts and lists are made of, so that both become few tokens."""
+    prompts = [f"user\n{config.prompt.instructions}\n\n{render_signals(example.signals)}" for example in train]
+    lists = [
+        format_list([signal.text for signal in example.signals[-config.prompt.max_queries :]]) for example in train
+    ]
+    return [*texts, *prompts, *lists]
+
+
+def _report(tables: Tables, splits: ExampleSplits, reader: dict, t1: int, t2: int) -> dict:
+    counts = {name: len({example.user_id for example in getattr(splits, name)}) for name in ("train", "valid", "test")}
+    skipped = sum(count for reason, count in splits.skipped.items() if reason.startswith("test_"))
+    return {
+        "users": {**counts, "skipped": skipped},
+        "skipped": splits.skipped,
+        "clicks": {name: dataclasses.asdict(report) for name, report in splits.clicks.items()},
+        "cleaning": dataclasses.asdict(splits.cleaning),
+        "reader": reader,
+        "events": tables.events.num_rows,
+        "articles": tables.articles.num_rows,
+        "requests": tables.requests.num_rows,
+        "validation_begins": datetime.fromtimestamp(t1, UTC).isoformat(),
+        "test_begins": datetime.fromtimestamp(t2, UTC).isoformat(),
+    }
