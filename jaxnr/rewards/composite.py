@@ -62,9 +62,9 @@ class RewardModel:
         config: Config,
     ):
         self.embedder, self.index, self.statistics, self.calibration = embedder, index, statistics, calibration
-        self.item_ids_I = list(item_ids_I)
+        self.item_ids_I = np.array(item_ids_I)
         self.config = config
-        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids_I)}
+        self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
         self._rubrics: dict[int, Rubric] = {}
         self._criteria: dict[str, tuple[float, ...]] = {}
 

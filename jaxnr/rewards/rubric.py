@@ -63,12 +63,13 @@ def calibrate(embeddings_ME: np.ndarray, user_index_M: np.ndarray, seed: int) ->
 def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: int) -> Rubric:
     """The facets of a user's signals (unit rows, oldest first; zero rows are left out), the best supported first.
 
-    Signals are clustered by average linkage, cut half-way between ``background`` and ``match``. A facet is the mean
+    Signals are clustered by average linkage down to ``background``: only what is related by chance stays apart (on the
+    validation users of the generated world, facets cut there retrieve best of those tried up to ``match``). A facet is the mean
     direction of its members, its weight log2(1 + members). Facets of a single signal count only where there are fewer
     than two others, the latest first.
     """
     signals_ME = signals_ME[np.abs(signals_ME).max(axis=1) > 0]
-    clusters = _clusters(signals_ME, (calibration.background + calibration.match) / 2)
+    clusters = _clusters(signals_ME, calibration.background)
     supported = [members for members in clusters if len(members) > 1]
     if len(supported) < 2:
         supported = clusters
