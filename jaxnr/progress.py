@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
-SHOWN_METRICS = ("loss", "kl", "reward/total/mean", "recall@10")
+SHOWN_METRICS = ("loss", "reward/total/mean", "valid/recall@10")
 """What stands at the end of the line, where a loop has it."""
 
 
