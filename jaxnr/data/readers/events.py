@@ -1,0 +1,172 @@
+"""The neutral schema as JSON lines or Parquet: how users bring streams of their own.
+
+A folder with ``events``, ``articles`` and optionally ``requests``, each as ``.jsonl``, ``.jsonl.gz`` or ``.parquet``,
+with the field names of ``jaxnr.data.schema``. Times are unix seconds or ISO 8601, where a time without zone is UTC.
+Optional fields may be missing or null; fields that the schema does not know are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxnr.data.readers.fields import Fields
+from jaxnr.data.readers.report import ReadReport, Refused
+from jaxnr.data.readers.source import Source, decode, unreadable
+from jaxnr.data.readers.tables import Record
+from jaxnr.data.schema import ARTICLES, DOMAINS, EVENTS, REQUESTS, Article, Event, Request
+from jaxnr.errors import InputError
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_PARQUET_BATCH_ROWS = 8192
+_MAX_POSITION = 2**31 - 1
+_HAS_DEFAULT = {"abstract"}
+"""Never null in the schema, yet with a default where the file has none."""
+
+
+def read_events(folder: Path, report: ReadReport) -> Iterator[Record]:
+    """Streams the articles, requests and events of ``folder``; of articles with one id, the first.
+
+    Raises InputError for a missing or damaged file, a Parquet file without a required column, and too many refused
+    rows.
+    """
+    articles, events, requests = (_files(folder, name) for name in ("articles", "events", "requests"))
+    for name, files in (("articles", articles), ("events", events)):
+        if not files:
+            expected = ", ".join(f"{name}{suffix}" for suffix in _SUFFIXES)
+            raise InputError(f"{folder}: there are no {name}; expected a file {expected}.")
+    for path in articles:
+        yield from _records(path, ARTICLES, article_of, report)
+    for path in requests:
+        yield from _records(path, REQUESTS, request_of, report)
+    for path in events:
+        yield from _records(path, EVENTS, event_of, report)
+
+
+def event_of(row: Fields) -> Event:
+    """Raises Refused."""
+    domain = row.text("domain")
+    if domain not in DOMAINS:
+        raise Refused("unknown domain", f"{domain[:80]!r}, expected one of {', '.join(DOMAINS)}")
+    return Event(
+        user_id=row.identifier("user_id"),
+        timestamp=row.time("timestamp"),
+        domain=domain,
+        action=row.filled_text("action"),
+        text=row.text("text"),
+        item_id=row.optional("item_id", row.identifier),
+        dwell_s=row.optional("dwell_s", row.number),
+        session_id=row.optional("session_id", row.identifier),
+        request_id=row.optional("request_id", row.identifier),
+        position=row.optional("position", lambda name: row.whole_number(name, _MAX_POSITION)),
+    )
+
+
+def article_of(row: Fields) -> Article:
+    """Raises Refused."""
+    article = Article(
+        item_id=row.identifier("item_id"),
+        published_at=row.time("published_at"),
+        title=row.filled_text("title"),
+        abstract="" if row.values.get("abstract") is None else row.text("abstract"),
+        expires_at=row.optional("expires_at", row.time),
+        category=row.optional("category", row.text),
+        language=row.optional("language", row.text),
+    )
+    if article.expires_at is not None and article.expires_at < article.published_at:
+        raise Refused("expires before it is published", f"{article.expires_at} < {article.published_at}")
+    return article
+
+
+def request_of(row: Fields) -> Request:
+    """Raises Refused."""
+    request = Request(
+        request_id=row.identifier("request_id"),
+        user_id=row.identifier("user_id"),
+        timestamp=row.time("timestamp"),
+        candidates=row.identifiers("candidates"),
+        clicked=row.identifiers("clicked"),
+    )
+    strangers = set(request.clicked).difference(request.candidates)
+    if strangers:
+        raise Refused("clicked article that is no candidate", sorted(strangers)[0][:80])
+    return request
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """The one file of a table, or none. Raises InputError if it is there twice."""
+    found = [path for suffix in _SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: has {' and '.join(path.name for path in found)}; expected one file of {name}.")
+    return found
+
+
+def _records(
+    path: Path, schema: pa.Schema, convert: Callable[[Fields], Record], report: ReadReport
+) -> Iterator[Record]:
+    read = _parquet_rows if path.suffix == ".parquet" else _json_rows
+    article_ids: set[str] = set()
+    with report.rows_of(path) as rows:
+        for line, values in read(path, schema):
+            try:
+                if isinstance(values, Refused):
+                    raise values
+                fields = Fields(values)
+                record = convert(fields)
+            except Refused as refused:
+                rows.refuse(line, refused)
+                continue
+            if isinstance(record, Article):
+                if record.item_id in article_ids:
+                    rows.skip(line, "article id seen before")
+                    continue
+                article_ids.add(record.item_id)
+            rows.keep(line, fields.repairs)
+            yield record
+
+
+def _json_rows(path: Path, schema: pa.Schema) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """Line numbers and JSON objects; a line that is none comes as the Refused that says so."""
+    for number, line in Source(path).lines():
+        try:
+            values = json.loads(decode(line))
+        except Refused as refused:
+            yield number, refused
+        except (ValueError, RecursionError) as error:
+            yield number, Refused("not JSON", str(error))
+        else:
+            known = isinstance(values, dict)
+            yield number, values if known else Refused("not a JSON object", repr(values)[:80])
+
+
+def _parquet_rows(path: Path, schema: pa.Schema) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Row numbers from 1 and the known columns, times as unix seconds."""
+    with unreadable(path), pq.ParquetFile(path) as file:
+        present = set(file.schema_arrow.names)
+        required = {field.name for field in schema if not field.nullable} - _HAS_DEFAULT
+        if required - present:
+            raise InputError(
+                f"{path}: lacks the column {', '.join(sorted(required - present))}; "
+                f"expected at least {', '.join(sorted(required))}."
+            )
+        columns = [name for name in schema.names if name in present]
+        number = 0
+        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
+            seconds = {name: _seconds(batch.column(name)) for name in columns}
+            for values in pa.RecordBatch.from_pydict(seconds).to_pylist():
+                number += 1
+                yield number, values
+
+
+def _seconds(column: pa.Array) -> pa.Array:
+    """A column of times as unix seconds; any other as it is."""
+    if pa.types.is_timestamp(column.type):
+        return column.cast(pa.timestamp("s", tz=column.type.tz), safe=False).cast(pa.int64())
+    if pa.types.is_date(column.type):
+        return column.cast(pa.timestamp("s")).cast(pa.int64())
+    return column
