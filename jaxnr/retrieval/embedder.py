@@ -1,4 +1,4 @@
-"""Text to unit vectors: TF-IDF + SVD (the default, needs no download)."""
+"""Text to unit vectors: TF-IDF + SVD (the default, needs no download), or a sentence encoder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sklearn.decomposition import TruncatedSVD
@@ -17,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from jaxnr.config import RetrievalConfig
 from jaxnr.errors import InputError
+from jaxnr.retrieval.sentence_encoder import SentenceEncoder
 
 
 class Embedder(Protocol):
@@ -36,9 +38,20 @@ class Embedder(Protocol):
         ...
 
 
-def load_embedder(config: RetrievalConfig, corpus: Sequence[str], seed: int) -> Embedder:
-    """The embedder of the config; TF-IDF + SVD is fitted to the texts of ``corpus``, which others leave alone."""
-    return TfidfSvdEmbedder.fit(corpus, config.embedding_size, seed)
+def load_embedder(config: RetrievalConfig, corpus: Sequence[str], seed: int, mesh: Mesh | None = None) -> Embedder:
+    """The embedder of the config.
+
+    TF-IDF + SVD is fitted to the texts of ``corpus``, by ``seed``; a sentence encoder is loaded, and spreads its
+    batches over ``mesh``. Raises InputError when the corpus is too small or the encoder cannot be loaded.
+    """
+    if config.embedder == "tfidf_svd":
+        return TfidfSvdEmbedder.fit(corpus, config.embedding_size, seed)
+    if not config.embedder_path:
+        raise InputError(
+            "config key retrieval.embedder_path is empty; with retrieval.embedder = 'sentence_encoder' a local folder "
+            "or the name of a model on the Hugging Face hub is expected, such as sentence-transformers/all-MiniLM-L6-v2."
+        )
+    return SentenceEncoder(config.embedder_path, mesh)
 
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han: no spaces, a character is a term

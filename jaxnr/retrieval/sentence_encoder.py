@@ -1,0 +1,158 @@
+"""Sentence encoders (arXiv 1908.10084): BERT, pooled and normalised, from a local folder or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxnr.errors import InputError
+from jaxnr.models.encoder import Encoder, load_encoder, mean_pool
+from jaxnr.models.huggingface import model_folder, read_json
+
+_SHORTEST = 16  # tokens; longer buckets are the powers of two
+_SMALL_BATCH = 8
+_LARGE_BATCH = 64
+_MOST_TOKENS = 8192  # in a batch, where that allows a small one
+_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+class SentenceEncoder:
+    """Text to unit vectors by a BERT-type model; queries and documents are encoded alike.
+
+    Texts are padded to one of a few lengths and batches to one of two sizes, so few programs compile. A text is cut to
+    the model's maximal length. Its vector does not depend on the texts beside it.
+
+    Args:
+        name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain BERT (then: mean
+            pooling).
+        mesh: batches are spread over all of its axes; None for the default device.
+
+    Raises InputError naming the file that is missing, or the part of the model that is not supported.
+    """
+
+    def __init__(self, name: str, mesh: Mesh | None = None):
+        parts = _read_parts(model_folder(name))
+        self._model, params = load_encoder(parts.encoder)
+        self.size: int = self._model.config.hidden_size
+        self._tokenizer = _load_tokenizer(parts.encoder)
+        limits = (parts.max_tokens, self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        self._max_tokens = int(min(limits))
+        self._lower_case = parts.lower_case
+        self._devices = 1 if mesh is None else mesh.size
+        self._params, self._encode = _place(self._model, params, parts.pooling, mesh)
+
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit float32 rows [N, E]; zero for blank texts."""
+        vectors_NE = np.zeros((len(texts), self.size), np.float32)
+        rows = [row for row, text in enumerate(texts) if text.strip()]
+        if not rows:
+            return vectors_NE
+        given = [texts[row].lower() if self._lower_case else texts[row] for row in rows]
+        tokenized = self._tokenizer(given, truncation=True, max_length=self._max_tokens)
+        token_ids = dict(zip(rows, tokenized["input_ids"], strict=True))
+        encoded = []
+        for length, batch in _batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
+            count = _batch_size(len(batch), length)
+            tokens_BS = np.zeros((count + -count % self._devices, length), np.int32)
+            mask_BS = np.zeros(tokens_BS.shape, bool)
+            for place, row in enumerate(batch):
+                tokens_BS[place, : len(token_ids[row])] = token_ids[row]
+                mask_BS[place, : len(token_ids[row])] = True
+            encoded.append((batch, self._encode(self._params, tokens_BS, mask_BS)))
+        for batch, vectors_BE in encoded:  # read back only now, so that the device is never waited for in between
+            vectors_NE[batch] = np.asarray(vectors_BE)[: len(batch)]
+        return vectors_NE
+
+    embed_queries = embed_documents
+
+
+def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:
+    """(padded length, rows) of each batch: every row under the least bucket that holds its own length."""
+    buckets: dict[int, list[int]] = {}
+    for row, length in sorted(lengths.items(), key=lambda item: item[1]):
+        bucket = min(max(_SHORTEST, 1 << (length - 1).bit_length()), longest)
+        buckets.setdefault(bucket, []).append(row)
+    for bucket, rows in buckets.items():
+        while rows:
+            count = _batch_size(len(rows), bucket)
+            yield bucket, rows[:count]
+            rows = rows[count:]
+
+
+def _batch_size(rows: int, length: int) -> int:
+    """Rows of the next batch: the large one where at least half of it would be used."""
+    large = max(_SMALL_BATCH, min(_LARGE_BATCH, _MOST_TOKENS // length))
+    return large if 2 * rows > large else _SMALL_BATCH
+
+
+class _Parts(NamedTuple):
+    """What the files of a sentence-transformers model say beside the weights."""
+
+    encoder: Path
+    pooling: str
+    max_tokens: float
+    lower_case: bool
+
+
+def _read_parts(folder: Path) -> _Parts:
+    """Follows modules.json, where there is one. Raises InputError for a module that would be left out."""
+    modules = {"Transformer": "", "Pooling": "1_Pooling"}
+    if (path := folder / "modules.json").is_file():
+        modules = {str(module.get("type")).rpartition(".")[2]: module.get("path") for module in read_json(path, list)}
+        if "Transformer" not in modules or not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
+            raise InputError(
+                f"{path}: modules {list(modules)}; expected a Transformer, then Pooling and Normalize at most."
+            )
+    encoder = folder / modules["Transformer"]
+    limits = read_json(path) if (path := encoder / "sentence_bert_config.json").is_file() else {}
+    return _Parts(
+        encoder,
+        _read_pooling(folder / modules.get("Pooling", "1_Pooling") / "config.json"),
+        limits.get("max_seq_length") or np.inf,
+        bool(limits.get("do_lower_case")),
+    )
+
+
+def _read_pooling(path: Path) -> str:
+    """'mean' or 'cls'; mean where there is no such file. Raises InputError for any other pooling."""
+    if not path.is_file():
+        return "mean"
+    modes = [key for key, value in read_json(path).items() if key.startswith("pooling_mode_") and value is True]
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise InputError(f"{path}: pooling by {modes}; expected one of {list(_POOLING)}.")
+    return _POOLING[modes[0]]
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a folder. Raises InputError when there is none (transformers would make an empty one)."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise InputError(f"{folder}: expected a tokenizer, tokenizer.json or vocab.txt.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: expected a tokenizer in the Hugging Face layout ({error}).") from error
+
+
+def _place(model: Encoder, params: dict, pooling: str, mesh: Mesh | None) -> tuple[dict, Callable[..., jax.Array]]:
+    """The parameters on the devices, and encode(params, tokens_BS, mask_BS) -> unit vectors [B, E]."""
+
+    def encode(params: dict, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+        # Accelerators multiply float32 in fewer bits by default; these cosines become rewards and rankings.
+        with jax.default_matmul_precision("highest"):
+            hidden_BSE = jnp.asarray(model.apply({"params": params}, tokens_BS, mask_BS))
+        pooled_BE = mean_pool(hidden_BSE, mask_BS) if pooling == "mean" else hidden_BSE[:, 0]
+        return pooled_BE / jnp.maximum(jnp.linalg.norm(pooled_BE, axis=-1, keepdims=True), 1e-12)
+
+    if mesh is None:
+        return jax.device_put(params), jax.jit(encode)
+    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(tuple(mesh.axis_names)))
+    compiled = jax.jit(encode, in_shardings=(everywhere, spread, spread), out_shardings=everywhere)
+    return jax.device_put(params, everywhere), compiled
