@@ -75,20 +75,21 @@ def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     """
     B, G, T, N, H = query_BGTNH.shape
     K = sources[0].key.shape[-2]
-    query = query_BGTNH.reshape(B, G, T, K, N // K, H)
+    # [B, K] lead every product, so that the scores, the largest arrays here, are never transposed.
+    query = query_BGTNH.reshape(B, G, T, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)
     scores = []
     for source in sources:
-        pattern = "bgtkrh,bukh->bgkrtu" if source.shared else "bgtkrh,bgukh->bgkrtu"
+        pattern = "bkgtrh,bukh->bkgtru" if source.shared else "bkgtrh,bgukh->bkgtru"
         score = jnp.einsum(pattern, query, source.key, preferred_element_type=jnp.float32) * H**-0.5
         mask = source.mask[:, None] if source.shared else source.mask
-        scores.append(jnp.where(mask[:, :, None, None], score, _MASKED))
+        scores.append(jnp.where(mask[:, None, :, :, None], score, _MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
     out, start = jnp.zeros(query.shape, query.dtype), 0
     for source, score in zip(sources, scores, strict=True):
-        pattern = "bgkrtu,bukh->bgtkrh" if source.shared else "bgkrtu,bgukh->bgtkrh"
+        pattern = "bkgtru,bukh->bkgtrh" if source.shared else "bkgtru,bgukh->bkgtrh"
         out += jnp.einsum(pattern, weights[..., start : start + score.shape[-1]], source.value)
         start += score.shape[-1]
-    return out.reshape(B, G, T, N, H)
+    return out.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, T, N, H)
 
 
 def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
@@ -149,7 +150,8 @@ class Block(nn.Module):
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output and the feed-forward output to the residual stream x [..., D]."""
-        x = x + self.o_proj(attended.reshape(*x.shape[:-1], -1))
+        width = attended.shape[-2] * attended.shape[-1]
+        x = x + self.o_proj(attended.reshape(*x.shape[:-1], width))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(nn.silu(self.gate_proj(h)) * self.up_proj(h))
 
