@@ -131,12 +131,14 @@ def choose(logits_NV: jax.Array, uniforms_N: jax.Array, settings: SamplingSettin
     filtering = (settings.top_k > 0) | (settings.top_p < 1)
     probabilities = jax.lax.cond(filtering, lambda: filtered(logprobs, settings), lambda: jnp.exp(logprobs))
     cumulative = jnp.cumsum(probabilities, axis=-1)
-    # Below the row's own total, so that float32 rounding can never point past the last token with any mass.
     target = uniforms_N[:, None] * cumulative[:, -1:]
-    sampled = jnp.sum(cumulative <= target, axis=-1)
-    # uniform < 1, but uniform × total may round up to the total: step back onto the last token that has mass.
-    last = probabilities.shape[-1] - 1 - jnp.argmax(probabilities[:, ::-1] > 0, axis=-1)
-    token = jnp.where(greedy, jnp.argmax(logprobs, axis=-1), jnp.minimum(sampled, last)).astype(jnp.int32)
+    # A parallel prefix sum is not monotone to the last bit, and uniform × total may round up to the total: take the
+    # first token that has mass and passes the target, or else the last that has mass.
+    has_mass = probabilities > 0
+    passes = has_mass & (cumulative > target)
+    last = probabilities.shape[-1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=-1)
+    sampled = jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
+    token = jnp.where(greedy, jnp.argmax(logprobs, axis=-1), sampled).astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
 
 
