@@ -49,7 +49,7 @@ def load_embedder(config: RetrievalConfig, corpus: Sequence[str], seed: int, mes
     if not config.embedder_path:
         raise InputError(
             "config key retrieval.embedder_path is empty; with retrieval.embedder = 'sentence_encoder' a local folder "
-            "or the name of a model on the Hugging Face hub is expected, such as sentence-transformers/all-MiniLM-L6-v2."
+            "or the name of a model on the Hugging Face hub is expected, as sentence-transformers/all-MiniLM-L6-v2."
         )
     return SentenceEncoder(config.embedder_path, mesh)
 
@@ -77,7 +77,9 @@ class TfidfSvdEmbedder:
     def __init__(self, terms: Sequence[str], idf_V: np.ndarray, components_EV: np.ndarray):
         self._vectorizer = _tfidf(vocabulary=terms)
         self._vectorizer.idf_ = idf_V
-        self._terms, self._idf_V, self._components_EV = list(terms), idf_V, components_EV
+        self._terms, self._idf_V = list(terms), idf_V
+        # safetensors writes the memory of an array as it lies and scikit-learn's lies by columns.
+        self._components_EV = np.ascontiguousarray(components_EV)
         self.term_idf: dict[str, float] = dict(zip(self._terms, idf_V.tolist(), strict=True))
         """ln((1 + texts) / (1 + texts with the term)) + 1 of each known term."""
 
