@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxnr.rewards.align import mean_over_queries
 from jaxnr.rewards.rubric import Calibration
 
-GROUNDED_WEIGHT = 1.0
+GROUNDED_WEIGHT = 0.5
 """Of the pitfall criterion, relative to all facets together."""
 
 
@@ -25,18 +25,16 @@ def coverage(
     c_j, one for each facet: the best of the queries credited to it, where a query is credited to its nearest facet
     alone, so that one compound query does not buy several. One more, "grounded", with ``grounded_weight`` times the
     weight of all facets: how near the queries are on average to a facet at all, so that a query no evidence of the user
-    supports is a fault. Nearness is a ramp of the cosine, from 0 at ``background`` to 1 at ``match``. A user without
-    facets cannot be judged: NaN.
+    supports is a fault. Nearness is a ramp of the cosine, from 0 at ``background`` to 1 at 1: it does not saturate, so
+    between two facets is never as good as at one. A user without facets cannot be judged: NaN.
     """
     cosine_BGQJ = jnp.einsum("bgqe,bje->bgqj", queries_BGQE, facets_BJE, precision=jax.lax.Precision.HIGHEST)
     real_BJ = weights_BJ > 0
     cosine_BGQJ = jnp.where(real_BJ[:, None, None], cosine_BGQJ, -jnp.inf)
-    near_BGQ = jnp.clip(
-        (cosine_BGQJ.max(-1) - calibration.background) / (calibration.match - calibration.background), 0, 1
-    )
+    near_BGQ = jnp.clip((cosine_BGQJ.max(-1) - calibration.background) / (1.0 - calibration.background), 0.0, 1.0)
     credited_BGQJ = jax.nn.one_hot(cosine_BGQJ.argmax(-1), facets_BJE.shape[1]) * query_mask_BGQ[..., None]
     covered_BGJ = (credited_BGQJ * near_BGQ[..., None]).max(-2)
     grounded_BG = mean_over_queries(near_BGQ, query_mask_BGQ)
     weight_B1 = weights_BJ.sum(-1, keepdims=True)
-    facets_BG = jnp.einsum("bgj,bj->bg", covered_BGJ, weights_BJ) / weight_B1  # no facets: 0 / 0 is NaN
-    return (facets_BG + grounded_weight * grounded_BG) / (1.0 + grounded_weight)
+    facets_BG = (covered_BGJ * (weights_BJ / weight_B1)[:, None]).sum(-1)  # no facets: 0 / 0 is NaN
+    return jnp.clip((facets_BG + grounded_weight * grounded_BG) / (1.0 + grounded_weight), 0.0, 1.0)  # rounding

@@ -15,10 +15,8 @@ from scipy.spatial.distance import squareform
 
 from jaxnr.errors import InputError
 
-_PAIRS = 20_000
-_USERS = 1_000
-_SAME_TEXT = 0.999
-_LEAST_RAMP = 0.1
+_PAIRS = 50_000
+_MOST_BACKGROUND = 0.95  # so that the judge's ramp up to 1 keeps a width
 
 
 class Calibration(NamedTuple):
@@ -26,8 +24,6 @@ class Calibration(NamedTuple):
 
     background: float
     """95th percentile of the cosine between signals of different users: up to here texts are related by chance."""
-    match: float
-    """Median, over signals, of the best cosine to another signal of the same user that is not the same text."""
 
 
 class Rubric(NamedTuple):
@@ -38,35 +34,30 @@ class Rubric(NamedTuple):
 
 
 def calibrate(embeddings_ME: np.ndarray, user_index_M: np.ndarray, seed: int) -> Calibration:
-    """Measures the thresholds on the training signals, unit rows of M; a sample of pairs and users, drawn by seed.
+    """Measures the threshold on random pairs of the training signals (unit rows, zero ones left out), drawn by seed.
 
-    ``match`` is kept 0.1 above ``background`` at least, so that the ramp between them is one. Raises InputError where
-    there is nothing to measure: no two users, or no user with two different signals.
+    Raises InputError where no pair of different users is found.
     """
-    known_M = np.abs(embeddings_ME).max(axis=1) > 0
-    embeddings_ME, user_index_M = embeddings_ME[known_M], np.asarray(user_index_M)[known_M]
-    rng = np.random.default_rng(seed)
-    left, right = rng.integers(0, max(len(embeddings_ME), 1), (2, _PAIRS)) if len(embeddings_ME) else ((), ())
-    different = user_index_M[list(left)] != user_index_M[list(right)]
-    chance = np.einsum("pe,pe->p", embeddings_ME[list(left)][different], embeddings_ME[list(right)][different])
-    users = rng.permutation(np.unique(user_index_M))[:_USERS]
-    best = np.concatenate([np.zeros(0), *(_best_cosines(embeddings_ME[user_index_M == user]) for user in users)])
-    if not len(chance) or not len(best):
+    known_M = np.flatnonzero(np.abs(embeddings_ME).max(axis=1) > 0)
+    user_index_M = np.asarray(user_index_M)[known_M]
+    pairs_2P = np.random.default_rng(seed).integers(0, max(len(known_M), 1), (2, _PAIRS if len(known_M) else 0))
+    left, right = pairs_2P[:, user_index_M[pairs_2P[0]] != user_index_M[pairs_2P[1]]]
+    if not len(left):
         raise InputError(
-            f"The judge's thresholds cannot be measured on {len(embeddings_ME)} training signals of {len(users)} "
-            "users: expected two users at least, and one with two different signals."
+            f"The judge's threshold cannot be measured on {len(known_M)} training signals of "
+            f"{len(np.unique(user_index_M))} users: expected signals of two users at least."
         )
-    background = float(np.percentile(chance, 95))
-    return Calibration(background, max(float(np.median(best)), background + _LEAST_RAMP))
+    cosines = np.einsum("pe,pe->p", embeddings_ME[known_M[left]], embeddings_ME[known_M[right]])
+    return Calibration(float(np.clip(np.percentile(cosines, 95), 0.0, _MOST_BACKGROUND)))
 
 
 def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: int) -> Rubric:
     """The facets of a user's signals (unit rows, oldest first; zero rows are left out), the best supported first.
 
-    Signals are clustered by average linkage down to ``background``: only what is related by chance stays apart (on the
-    validation users of the generated world, facets cut there retrieve best of those tried up to ``match``). A facet is the mean
-    direction of its members, its weight log2(1 + members). Facets of a single signal count only where there are fewer
-    than two others, the latest first.
+    Signals are clustered by average linkage down to ``background``: only what is related by chance stays apart. A facet
+    is the mean direction of its members. Its weight is the number of pairs of signals that agree on it, members², each
+    one with itself too: one event may be an accident, agreement is evidence. Facets of a single signal count only where
+    there are fewer than two others, the latest first.
     """
     signals_ME = signals_ME[np.abs(signals_ME).max(axis=1) > 0]
     clusters = _clusters(signals_ME, calibration.background)
@@ -79,7 +70,7 @@ def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: i
     for row, members in enumerate(supported):
         mean_E = signals_ME[members].mean(axis=0)
         facets_JE[row] = mean_E / np.maximum(np.linalg.norm(mean_E), 1e-6)
-        weights_J[row] = np.log2(1 + len(members))
+        weights_J[row] = len(members) ** 2
     return Rubric(facets_JE, weights_J)
 
 
@@ -92,10 +83,3 @@ def _clusters(signals_ME: np.ndarray, least_cosine: float) -> list[np.ndarray]:
     tree = linkage(squareform(distances_MM, checks=False), method="average")
     label_M = fcluster(tree, t=1.0 - least_cosine, criterion="distance")
     return [np.flatnonzero(label_M == label) for label in np.unique(label_M)]
-
-
-def _best_cosines(signals_ME: np.ndarray) -> np.ndarray:
-    """Each signal's best cosine to another one of the user, same texts aside; those without another are left out."""
-    cosine_MM = signals_ME @ signals_ME.T
-    best_M = np.where(cosine_MM < _SAME_TEXT, cosine_MM, -np.inf).max(axis=1)
-    return best_M[np.isfinite(best_M)]

@@ -63,14 +63,15 @@ class TermStatistics:
 
         content: two different content terms at least, known to the corpus; stop words and generic ones are none.
         rarity: mean of the content terms' rarity, unknown terms 0, so that invented words do not pay.
-        focus: 2 to 7 words and none twice; not a heap of words.
+        focus: 2 to 7 words, none twice and two of them known; not a heap of words.
         """
         terms = [term for term in analyze(query) if term not in _NOT_CONTENT]
         content = float(len(set(terms) & self.texts_with_term.keys()) >= 2)
         rarity = sum(map(self.rarity, terms)) / len(terms) if terms else 0.0
         words = query.lower().split()
         focus = float(np.clip((NO_WORDS - len(words)) / (NO_WORDS - MAX_WORDS), 0.0, 1.0))
-        if len(words) < MIN_WORDS or len(set(words)) < len(words):
+        known = sum(any(term in self.texts_with_term for term in analyze(word)) for word in words)
+        if known < MIN_WORDS or len(set(words)) < len(words):
             focus = 0.0
         return content, rarity, focus
 
