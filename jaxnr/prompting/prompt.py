@@ -51,7 +51,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
             f"prompt.max_prompt_tokens is {cfg.max_prompt_tokens}, but prompt.instructions and the chat template of "
             f"the tokenizer take {fixed} tokens before any signal: raise the former or shorten the instructions."
         )
-    dropped = _signals_over(_lengths(tokenizer, lines), cfg.max_prompt_tokens - fixed)
+    dropped = _signals_over([_length(tokenizer, line) for line in lines], cfg.max_prompt_tokens - fixed)
     # Lengths of single lines add up exactly for byte-level tokenizers; the loop is for those that merge across lines.
     while len(ids := _chat_ids(tokenizer, lines[dropped:], cfg)) > cfg.max_prompt_tokens:
         dropped += 1
@@ -103,12 +103,10 @@ def _fixed_length(tokenizer: PreTrainedTokenizerBase, cfg: PromptConfig) -> int:
     return len(_chat_ids(tokenizer, [], cfg))
 
 
-def _lengths(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> list[int]:
-    """Tokens of each line, its line break included."""
-    if not lines:
-        return []
-    encoded = tokenizer([line + "\n" for line in lines], add_special_tokens=False, return_attention_mask=False)
-    return [len(ids) for ids in encoded["input_ids"]]
+@functools.lru_cache(maxsize=2**17)  # a signal is in many prompts of its user, and a prompt in many steps
+def _length(tokenizer: PreTrainedTokenizerBase, line: str) -> int:
+    """Tokens of a line, its line break included."""
+    return len(cast(list[int], tokenizer(line + "\n", add_special_tokens=False)["input_ids"]))
 
 
 def _signals_over(lengths: Sequence[int], budget: int) -> int:

@@ -36,5 +36,6 @@ def coverage(
     covered_BGJ = (credited_BGQJ * near_BGQ[..., None]).max(-2)
     grounded_BG = mean_over_queries(near_BGQ, query_mask_BGQ)
     weight_B1 = weights_BJ.sum(-1, keepdims=True)
-    facets_BG = (covered_BGJ * (weights_BJ / weight_B1)[:, None]).sum(-1)  # no facets: 0 / 0 is NaN
+    share_BJ = jnp.where(weight_B1 > 0, weights_BJ / jnp.maximum(weight_B1, 1e-6), jnp.nan)
+    facets_BG = (covered_BGJ * share_BJ[:, None]).sum(-1)
     return jnp.clip((facets_BG + grounded_weight * grounded_BG) / (1.0 + grounded_weight), 0.0, 1.0)  # rounding
