@@ -35,7 +35,7 @@ class DataConfig:
     """Length of the test window, at the end of the log."""
     train_prompts_per_user: int = 4
     """Prompts a user gives for training, each at another time before the validation window."""
-    max_signals: int = 20
+    max_signals: int = 16
     """The latest clean signals that a prompt shows."""
     min_signals: int = 3
     """Users with fewer clean signals before the request are skipped and counted."""
@@ -47,12 +47,12 @@ class DataConfig:
 class ModelConfig:
     """A decoder of the Qwen2 architecture, trained from scratch."""
 
-    hidden_size: int = 160
-    num_layers: int = 4
-    intermediate_size: int = 480
+    hidden_size: int = 128
+    num_layers: int = 3
+    intermediate_size: int = 384
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 40
+    head_dim: int = 32
     tie_word_embeddings: bool = True
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -65,15 +65,15 @@ class PromptConfig:
     instructions: str = "Write news search queries for this reader."
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: int = 192
     """Longer prompts lose their oldest signals; how many did is counted."""
-    prompt_buckets: tuple[int, ...] = (256,)
+    prompt_buckets: tuple[int, ...] = (192,)
     """Padded prompt lengths; each program compiles once a bucket."""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 2
-    max_queries: int = 6
-    max_query_words: int = 10
+    max_queries: int = 5
+    max_query_words: int = 8
     vocabulary_size: int = 3072
     """Of the byte-level BPE that is trained for models from scratch."""
 
@@ -190,7 +190,7 @@ class Config:
     reward: RewardConfig = RewardConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
-        hidden_size=80, num_layers=2, intermediate_size=240, num_heads=4, num_kv_heads=2, head_dim=20
+        hidden_size=56, num_layers=2, intermediate_size=168, num_heads=4, num_kv_heads=2, head_dim=16
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()

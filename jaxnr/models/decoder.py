@@ -11,6 +11,7 @@ Layers are one scanned, rematerialised block: compile time does not grow with de
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -71,25 +72,44 @@ class Context(NamedTuple):
 def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     """Grouped-query attention with one softmax over all ``sources`` together. Returns [B, G, T, N, H].
 
-    Scores and softmax are float32 whatever the compute type.
+    Each source keeps its own scores; only the row maxima and sums are merged, so the large arrays are neither
+    concatenated nor transposed. Scores and softmax are float32 whatever the compute type.
     """
     B, G, T, N, H = query_BGTNH.shape
     K = sources[0].key.shape[-2]
-    # [B, K] lead every product, so that the scores, the largest arrays here, are never transposed.
-    query = query_BGTNH.reshape(B, G, T, K, N // K, H).transpose(0, 3, 1, 2, 4, 5)
-    scores = []
-    for source in sources:
-        pattern = "bkgtrh,bukh->bkgtru" if source.shared else "bkgtrh,bgukh->bkgtru"
-        score = jnp.einsum(pattern, query, source.key, preferred_element_type=jnp.float32) * H**-0.5
-        mask = source.mask[:, None] if source.shared else source.mask
-        scores.append(jnp.where(mask[:, None, :, :, None], score, _MASKED))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    out, start = jnp.zeros(query.shape, query.dtype), 0
-    for source, score in zip(sources, scores, strict=True):
-        pattern = "bkgtru,bukh->bkgtrh" if source.shared else "bkgtru,bgukh->bkgtrh"
-        out += jnp.einsum(pattern, weights[..., start : start + score.shape[-1]], source.value)
-        start += score.shape[-1]
-    return out.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, T, N, H)
+    R = N // K  # query heads a key head
+    query_BKGTRH = query_BGTNH.reshape(B, G, T, K, R, H).transpose(0, 3, 1, 2, 4, 5) * H**-0.5
+    scores = [_scores(query_BKGTRH, source) for source in sources]
+    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+    highest = jax.lax.stop_gradient(highest)  # subtracting it changes no weight, only their range
+    weights = [jnp.exp(score - highest) for score in scores]
+    total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
+    mixed = sum(_mix(weight.astype(query_BGTNH.dtype), source) for weight, source in zip(weights, sources, strict=True))
+    out_BKGTRH = (mixed / total).astype(query_BGTNH.dtype)
+    return out_BKGTRH.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, T, N, H)
+
+
+def _scores(query_BKGTRH: jax.Array, source: KeyValues) -> jax.Array:
+    """Masked float32 scores [B, K, G, T, R, U] of one source, as plain batched matrix products."""
+    B, K, G, T, R, H = query_BKGTRH.shape
+    rows = (G * T * R,) if source.shared else (G, T * R)
+    pattern = "bkmh,bukh->bkmu" if source.shared else "bkgmh,bgukh->bkgmu"
+    score = jnp.einsum(
+        pattern, query_BKGTRH.reshape(B, K, *rows, H), source.key, preferred_element_type=jnp.float32
+    ).reshape(B, K, G, T, R, -1)
+    mask = source.mask[:, None] if source.shared else source.mask  # [B, G or 1, T or 1, U]
+    return jnp.where(mask[:, None, :, :, None], score, _MASKED)
+
+
+def _mix(weight_BKGTRU: jax.Array, source: KeyValues) -> jax.Array:
+    """The values [B, K, G, T, R, H] of one source, summed by weight in float32."""
+    B, K, G, T, R, U = weight_BKGTRU.shape
+    rows = (G * T * R,) if source.shared else (G, T * R)
+    pattern = "bkmu,bukh->bkmh" if source.shared else "bkgmu,bgukh->bkgmh"
+    mixed = jnp.einsum(
+        pattern, weight_BKGTRU.reshape(B, K, *rows, U), source.value, preferred_element_type=jnp.float32
+    )
+    return mixed.reshape(B, K, G, T, R, -1)
 
 
 def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
