@@ -51,7 +51,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
             f"prompt.max_prompt_tokens is {cfg.max_prompt_tokens}, but prompt.instructions and the chat template of "
             f"the tokenizer take {fixed} tokens before any signal: raise the former or shorten the instructions."
         )
-    dropped = _signals_over([_length(tokenizer, line) for line in lines], cfg.max_prompt_tokens - fixed)
+    dropped = _lines_over(tokenizer, lines, cfg.max_prompt_tokens - fixed)
     # Lengths of single lines add up exactly for byte-level tokenizers; the loop is for those that merge across lines.
     while len(ids := _chat_ids(tokenizer, lines[dropped:], cfg)) > cfg.max_prompt_tokens:
         dropped += 1
@@ -109,10 +109,10 @@ def _length(tokenizer: PreTrainedTokenizerBase, line: str) -> int:
     return len(cast(list[int], tokenizer(line + "\n", add_special_tokens=False)["input_ids"]))
 
 
-def _signals_over(lengths: Sequence[int], budget: int) -> int:
-    """How many of the first lengths have to go for the rest to fit the budget. The last line has no line break."""
-    kept = itertools.takewhile(lambda total: total <= budget + 1, itertools.accumulate(reversed(lengths)))
-    return len(lengths) - sum(1 for _ in kept)
+def _lines_over(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], budget: int) -> int:
+    """How many of the first lines have to go for the rest to fit the budget; the last line has no line break."""
+    totals = itertools.accumulate(_length(tokenizer, line) for line in reversed(lines))
+    return len(lines) - sum(1 for _ in itertools.takewhile(lambda total: total <= budget + 1, totals))
 
 
 @functools.lru_cache(maxsize=8)
