@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jaxnr.config import DataConfig
 from jaxnr.data.cleaning import CleaningReport, clean_histories
@@ -146,6 +147,21 @@ def build_examples(tables: Tables, cfg: DataConfig, seed: int) -> ExampleSplits:
         cleaning=cleaning,
         clicks={"valid": valid_clicks, "test": test_clicks},
     )
+
+
+def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: int) -> Example:
+    """What is known of one user strictly before ``timestamp``, as an example without relevant articles.
+
+    Raises InputError where the log does not have the user, or no clean signal of that user.
+    """
+    events = tables.events.filter(pc.equal(tables.events.column("user_id"), user_id))
+    if events.num_rows == 0:
+        raise InputError(f"There is no event of user {user_id!r} in the log.")
+    users, _ = _histories(dataclasses.replace(tables, events=events))
+    example = next(_example(user, timestamp, max_signals) for user in users if user.user_id == user_id)
+    if not example.signals:
+        raise InputError(f"None of the {events.num_rows} events of user {user_id!r} is a clean signal to write from.")
+    return example
 
 
 def _train_examples(

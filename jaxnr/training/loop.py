@@ -46,7 +46,7 @@ def train(
         if done:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
-        log.truncate_after(stage, done)
+        log.truncate_after(stage, done if done else -1)
         if validate and not done:
             log.write(stage, 0, validate(state.params))
         with progress(stage, steps, completed=done) as bar:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from jaxnr.data.readers.fields import Fields
 from jaxnr.data.readers.report import ReadReport, Refused
 from jaxnr.data.readers.source import Source, decode, unreadable
-from jaxnr.data.readers.tables import Record
+from jaxnr.data.readers.tables import Record, collect
 from jaxnr.data.schema import ARTICLES, DOMAINS, EVENTS, REQUESTS, Article, Event, Request
 from jaxnr.errors import InputError
 
@@ -46,6 +46,20 @@ def read_events(folder: Path, report: ReadReport) -> Iterator[Record]:
         yield from _records(path, REQUESTS, request_of, report)
     for path in events:
         yield from _records(path, EVENTS, event_of, report)
+
+
+def read_event_file(path: Path) -> pa.Table:
+    """The events table of one file, every row of which has to be good.
+
+    Raises InputError for a missing or damaged file, a refused row, and a file without events.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; expected events as {', '.join(_SUFFIXES)}.")
+    report = ReadReport(max_refused_share=0.0)
+    events = collect(_records(path, EVENTS, event_of, report)).events
+    if not events.num_rows:
+        raise InputError(f"{path}: there is no event in it. {report.summary()}")
+    return events
 
 
 def event_of(row: Fields) -> Event:
