@@ -23,18 +23,22 @@ def logits_NV(hidden_ND: jax.Array, head_VD: jax.Array, vocabulary_size: int) ->
 
 
 def map_chunks(function: Callable, arrays: tuple[jax.Array, ...], chunk: int = CHUNK_TOKENS) -> jax.Array:
-    """``function(*rows)`` over chunks of the leading axis, rematerialised; the last chunk is padded with zeros."""
+    """``function(*rows)`` over chunks of the leading axis, rematerialised; zeros fill up the last chunk.
+
+    A chunk takes every ``chunks``-th row, so that devices over which the rows are spread each compute their own rows of
+    every chunk. Chunks of consecutive rows would lie on one device each, and every device would compute all of them.
+    """
     count = arrays[0].shape[0]
     chunk = min(chunk, count)
     chunks = -(-count // chunk)
     padded = tuple(
-        jnp.pad(array, [(0, chunks * chunk - count)] + [(0, 0)] * (array.ndim - 1)).reshape(
-            chunks, chunk, *array.shape[1:]
-        )
+        jnp.pad(array, [(0, chunks * chunk - count)] + [(0, 0)] * (array.ndim - 1))
+        .reshape(chunk, chunks, *array.shape[1:])
+        .swapaxes(0, 1)
         for array in arrays
     )
     mapped = jax.lax.map(jax.checkpoint(lambda rows: function(*rows), prevent_cse=False), padded)
-    return mapped.reshape(chunks * chunk, *mapped.shape[2:])[:count]
+    return mapped.swapaxes(0, 1).reshape(chunks * chunk, *mapped.shape[2:])[:count]
 
 
 def token_logprobs(
