@@ -23,7 +23,12 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {  # without them, a process that has not saved yet reads no metadata
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -107,6 +112,6 @@ def _named_errors(folder: Path):
     """What Orbax raises on a damaged checkpoint, as an InputError that names the folder."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Orbax raises a bare Exception for a damaged array
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: the checkpoint cannot be read: {reason}") from error
