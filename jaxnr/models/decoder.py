@@ -80,7 +80,9 @@ def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     R = N // K  # query heads a key head
     query_BKGTRH = query_BGTNH.reshape(B, G, T, K, R, H).transpose(0, 3, 1, 2, 4, 5) * H**-0.5
     scores = [_scores(query_BKGTRH, source) for source in sources]
-    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+    highest = functools.reduce(
+        jnp.maximum, [jnp.max(score, axis=-1, keepdims=True, initial=_MASKED) for score in scores]
+    )
     highest = jax.lax.stop_gradient(highest)  # subtracting it changes no weight, only their range
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
@@ -96,7 +98,7 @@ def _scores(query_BKGTRH: jax.Array, source: KeyValues) -> jax.Array:
     pattern = "bkmh,bukh->bkmu" if source.shared else "bkgmh,bgukh->bkgmu"
     score = jnp.einsum(
         pattern, query_BKGTRH.reshape(B, K, *rows, H), source.key, preferred_element_type=jnp.float32
-    ).reshape(B, K, G, T, R, -1)
+    ).reshape(B, K, G, T, R, source.key.shape[-3])
     mask = source.mask[:, None] if source.shared else source.mask  # [B, G or 1, T or 1, U]
     return jnp.where(mask[:, None, :, :, None], score, _MASKED)
 
@@ -106,10 +108,8 @@ def _mix(weight_BKGTRU: jax.Array, source: KeyValues) -> jax.Array:
     B, K, G, T, R, U = weight_BKGTRU.shape
     rows = (G * T * R,) if source.shared else (G, T * R)
     pattern = "bkmu,bukh->bkmh" if source.shared else "bkgmu,bgukh->bkgmh"
-    mixed = jnp.einsum(
-        pattern, weight_BKGTRU.reshape(B, K, *rows, U), source.value, preferred_element_type=jnp.float32
-    )
-    return mixed.reshape(B, K, G, T, R, -1)
+    mixed = jnp.einsum(pattern, weight_BKGTRU.reshape(B, K, *rows, U), source.value, preferred_element_type=jnp.float32)
+    return mixed.reshape(B, K, G, T, R, source.value.shape[-1])
 
 
 def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
