@@ -1,0 +1,80 @@
+"""The mesh and the table from parameter path to PartitionSpec."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from tiny import tiny_decoder
+
+from jaxnr.config import MeshConfig, OptimizerConfig
+from jaxnr.errors import InputError
+from jaxnr.mesh import AXES, batch_sharding, make_mesh, partition_spec, tree_shardings
+from jaxnr.models.decoder import init_params
+from jaxnr.training.steps import make_optimizer
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=8), (1, 8, 1)),
+        (MeshConfig(data=4, tensor=-1), (4, 1, 2)),
+    ],
+)
+def test_the_mesh_has_the_configured_shape_and_automatic_axes(config, shape):
+    mesh = make_mesh(config)
+    assert tuple(mesh.shape[axis] for axis in AXES) == shape
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=3),
+        MeshConfig(data=16),
+        MeshConfig(data=2),
+        MeshConfig(data=0),
+        MeshConfig(data=-2),
+        MeshConfig(data=-1, fsdp=-1),
+        MeshConfig(data=-1, fsdp=3),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_an_input_error(config):
+    with pytest.raises(InputError, match="mesh"):
+        make_mesh(config)
+
+
+def leaves(tree, mesh):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    specs = [sharding.spec for sharding in jax.tree.leaves(tree_shardings(tree, mesh))]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in zip(paths, specs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_shards_every_parameter_but_the_norms_and_their_moments_alike(tied):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model = tiny_decoder(tie_word_embeddings=tied)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    specs = leaves(params, mesh)
+    for name, spec in specs.items():
+        assert any(spec) == ("norm" not in name), name
+    opt_state = jax.eval_shape(make_optimizer(OptimizerConfig(), 10).init, params)
+    moments = leaves(opt_state, mesh)
+    for name, spec in specs.items():
+        assert [other for path, other in moments.items() if path.endswith(f"/{name}")] == [spec, spec], name
+
+
+def test_an_axis_that_does_not_divide_its_dimension_is_left_out():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    assert partition_spec("layers/q_proj/kernel", (2, 32, 32), mesh) == P(None, "fsdp", "tensor")
+    assert partition_spec("layers/q_proj/kernel", (2, 30, 32), mesh) == P(None, None, "tensor")
+    assert partition_spec("embed_tokens/embedding", (61, 32), mesh) == P(None, "fsdp")
+    assert partition_spec("something/else", (8, 8), mesh) == P()
+
+
+def test_prompts_are_spread_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)

@@ -1,0 +1,209 @@
+"""The pure losses against float64 NumPy, and what they hold in memory and spread over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import relative_gap
+
+from jaxnr.config import MeshConfig
+from jaxnr.mesh import BATCH, make_mesh
+from jaxnr.training import losses
+from jaxnr.training.losses import (
+    dr_grpo_advantages,
+    dr_grpo_loss,
+    map_chunks,
+    masked_mean,
+    reverse_kl,
+    sft_loss,
+    token_logprobs,
+)
+
+V = 61  # real tokens; the tables below have 64 and 70 rows
+RNG = np.random.default_rng(0)
+STUDENT_HIDDEN = RNG.normal(size=(3, 4, 8)).astype(np.float32)
+STUDENT_HEAD = RNG.normal(size=(64, 8)).astype(np.float32)
+TEACHER_HIDDEN = RNG.normal(size=(3, 4, 12)).astype(np.float32)
+TEACHER_HEAD = RNG.normal(size=(70, 12)).astype(np.float32)
+TOKENS = RNG.integers(0, V, (3, 4)).astype(np.int32)
+MASK = RNG.random((3, 4)) < 0.7
+
+
+def log_softmax64(hidden, head, temperature=1.0):
+    """Over the real vocabulary, in float64."""
+    logits = hidden.astype(np.float64) @ head[:V].T.astype(np.float64) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_token_logprobs_are_the_log_softmax_whatever_the_chunk(monkeypatch, chunk, temperature):
+    monkeypatch.setattr(losses.map_chunks, "__defaults__", (chunk,))
+    actual = token_logprobs(STUDENT_HIDDEN, STUDENT_HEAD, TOKENS, vocabulary_size=V, temperature=temperature)
+    expected = np.take_along_axis(log_softmax64(STUDENT_HIDDEN, STUDENT_HEAD, temperature), TOKENS[..., None], -1)
+    np.testing.assert_allclose(actual, expected[..., 0], rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 9), chunk=st.integers(1, 11))
+def test_chunks_keep_the_order_of_the_rows(count, chunk):
+    rows, scale = np.arange(count * 2.0).reshape(count, 2), np.arange(1.0, count + 1)
+    mapped = map_chunks(lambda row_N2, scale_N: row_N2 * scale_N[:, None], (rows, scale), chunk)
+    np.testing.assert_array_equal(mapped, rows * scale[:, None])
+
+
+def test_chunking_changes_no_gradient(monkeypatch):
+    def gradients():
+        def loss(hidden, head):
+            return jnp.sum(MASK * token_logprobs(hidden, head, TOKENS, vocabulary_size=V))
+
+        return jax.grad(loss, argnums=(0, 1))(STUDENT_HIDDEN, STUDENT_HEAD)
+
+    whole = gradients()
+    monkeypatch.setattr(losses.map_chunks, "__defaults__", (5,))
+    assert relative_gap(gradients(), whole) < 1e-6
+
+
+def test_sft_loss_is_the_mean_over_the_mask_and_zero_for_an_empty_one():
+    logprobs = -RNG.random((2, 3)).astype(np.float32)
+    mask = np.array([[1, 1, 0], [0, 0, 1]], bool)
+    assert sft_loss(logprobs, mask) == pytest.approx(-logprobs[mask].mean(), rel=1e-6)
+    assert masked_mean(logprobs, mask) == pytest.approx(logprobs[mask].mean(), rel=1e-6)
+    assert sft_loss(logprobs, np.zeros_like(mask)) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.floats(0, 5, width=32)))
+def test_advantages_are_the_rewards_less_their_groups_mean_and_sum_to_zero(reward_BG):
+    advantages = np.asarray(dr_grpo_advantages(reward_BG))
+    exact = reward_BG.astype(np.float64)
+    np.testing.assert_allclose(advantages, exact - exact.mean(-1, keepdims=True), atol=3e-6)
+    np.testing.assert_allclose(advantages.sum(-1), 0, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-1e3, 1e3, width=32), st.integers(1, 9), st.integers(0, 3))
+def test_identical_rewards_give_exactly_zero_advantage_with_or_without_failures(reward, size, failed):
+    reward_BG = np.array([[reward] * size + [np.nan] * failed], np.float32)
+    assert (np.asarray(dr_grpo_advantages(reward_BG)) == 0).all()
+
+
+def test_a_failed_judgement_leaves_its_groups_mean_and_gets_no_advantage():
+    reward_BG = np.array([[1.0, np.nan, 3.0], [np.nan] * 3], np.float32)
+    np.testing.assert_array_equal(dr_grpo_advantages(reward_BG), [[-1, 0, 1], [0, 0, 0]])
+
+
+def policy_batch(B=3, G=4, T=5):
+    rng = np.random.default_rng(4)
+    logprobs = -rng.exponential(size=(B, G, T)).astype(np.float32)
+    old = (logprobs + rng.normal(size=logprobs.shape) * 0.4).astype(np.float32)
+    advantages = rng.normal(size=(B, G)).astype(np.float32)
+    mask = np.arange(T) < rng.integers(0, T + 1, (B, G, 1))
+    return logprobs, old, advantages, mask
+
+
+def test_dr_grpo_loss_is_the_equation_with_the_budget_as_length():
+    logprobs, old, advantages, mask = policy_batch()
+    total, clipped = 0.0, 0
+    for b, g, t in np.argwhere(mask):
+        ratio = np.exp(np.float64(logprobs[b, g, t]) - np.float64(old[b, g, t]))
+        plain, limited = ratio * advantages[b, g], np.clip(ratio, 0.8, 1.3) * advantages[b, g]
+        total += min(plain, limited)
+        clipped += limited < plain
+    assert clipped > 3  # the clip is at work on both sides
+    assert not mask.any(-1).all()  # rows without a token still count as rows
+    loss = dr_grpo_loss(logprobs, old, advantages, mask, budget=48, clip_low=0.2, clip_high=0.3)
+    assert loss == pytest.approx(-total / (12 * 48), rel=1e-5)
+
+
+def test_the_on_policy_gradient_is_the_policy_gradient():
+    logprobs, _, advantages, mask = policy_batch()
+    gradient = jax.grad(dr_grpo_loss)(logprobs, logprobs, advantages, mask, budget=48, clip_low=0.2, clip_high=0.2)
+    np.testing.assert_allclose(gradient, -advantages[..., None] * mask / (12 * 48), rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_reverse_kl_is_the_sum_over_the_vocabulary_for_models_of_other_widths_and_table_sizes(temperature):
+    actual = reverse_kl(
+        STUDENT_HIDDEN, STUDENT_HEAD, TEACHER_HIDDEN, TEACHER_HEAD, vocabulary_size=V, temperature=temperature
+    )
+    student = log_softmax64(STUDENT_HIDDEN, STUDENT_HEAD, temperature)
+    teacher = log_softmax64(TEACHER_HIDDEN, TEACHER_HEAD, temperature)
+    np.testing.assert_allclose(actual, (np.exp(student) * (student - teacher)).sum(-1), rtol=1e-4)
+
+
+def test_the_gradient_of_reverse_kl_is_the_closed_form():
+    """With the identity as head, hidden states are logits: ∂/∂z_v = p_v (log p_v − log q_v − D) m / Σm."""
+    student, teacher = np.random.default_rng(1).normal(size=(2, 3, 4, V)).astype(np.float32) * 2
+    eye = np.eye(V, dtype=np.float32)
+
+    def loss(logits):
+        return masked_mean(reverse_kl(logits, eye, teacher, eye, vocabulary_size=V), MASK)
+
+    log_p, log_q = log_softmax64(student, eye), log_softmax64(teacher, eye)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1, keepdims=True)
+    expected = np.exp(log_p) * (log_p - log_q - divergence) * MASK[..., None] / MASK.sum()
+    np.testing.assert_allclose(jax.grad(loss)(student), expected, atol=1e-6)
+
+
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient():
+    def loss(hidden, head):
+        return reverse_kl(hidden, head, STUDENT_HIDDEN, STUDENT_HEAD, vocabulary_size=V).sum()
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(STUDENT_HIDDEN, STUDENT_HEAD)
+    assert value == 0
+    assert max(float(jnp.abs(leaf).max()) for leaf in gradients) < 1e-6
+
+
+def test_rows_past_the_vocabulary_change_nothing():
+    student, teacher = STUDENT_HEAD.copy(), TEACHER_HEAD.copy()
+    student[V:], teacher[V:] = 1e3, -1e3
+    before = reverse_kl(STUDENT_HIDDEN, STUDENT_HEAD, TEACHER_HIDDEN, TEACHER_HEAD, vocabulary_size=V)
+    after = reverse_kl(STUDENT_HIDDEN, student, TEACHER_HIDDEN, teacher, vocabulary_size=V)
+    np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(
+        token_logprobs(STUDENT_HIDDEN, STUDENT_HEAD, TOKENS, vocabulary_size=V),
+        token_logprobs(STUDENT_HIDDEN, student, TOKENS, vocabulary_size=V),
+    )
+
+
+TOKEN_COUNT, BIG_V, WIDTH = 16_384, 8_192, 8
+
+
+def big_gradient(loss: str):
+    def total(hidden, head, tokens):
+        if loss == "token_logprobs":
+            return token_logprobs(hidden, head, tokens, vocabulary_size=BIG_V).sum()
+        return reverse_kl(hidden, head, hidden * 2, head, vocabulary_size=BIG_V).sum()
+
+    return jax.jit(jax.grad(total, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("loss", ["token_logprobs", "reverse_kl"])
+def test_no_program_holds_tokens_times_vocabulary(loss):
+    shapes = [(TOKEN_COUNT, WIDTH), (BIG_V, WIDTH)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    program = big_gradient(loss).lower(*arrays, jax.ShapeDtypeStruct((TOKEN_COUNT,), jnp.int32)).compile()
+    one_chunk = 4 * losses.CHUNK_TOKENS * BIG_V  # bytes
+    assert program.memory_analysis().temp_size_in_bytes < 8 * one_chunk < 4 * TOKEN_COUNT * BIG_V
+
+
+@pytest.mark.parametrize("loss", ["token_logprobs", "reverse_kl"])
+def test_eight_devices_share_the_work_of_the_head(loss):
+    """Each device computes the logits of its own tokens, an eighth of every chunk."""
+
+    def flops(mesh_config: MeshConfig, devices: list) -> float:
+        mesh = make_mesh(mesh_config, devices)
+        specs = [((TOKEN_COUNT, WIDTH), jnp.float32, BATCH), ((BIG_V, WIDTH), jnp.float32, P())]
+        specs.append(((TOKEN_COUNT,), jnp.int32, BATCH))
+        arrays = [jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, p)) for s, dtype, p in specs]
+        return big_gradient(loss).lower(*arrays).compile().cost_analysis()["flops"]
+
+    one = flops(MeshConfig(data=1), jax.devices()[:1])
+    assert flops(MeshConfig(data=4, fsdp=2), jax.devices()) < one / 7
