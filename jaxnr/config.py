@@ -69,12 +69,12 @@ class PromptConfig:
     """Longer prompts lose their oldest signals; how many did is counted."""
     prompt_buckets: tuple[int, ...] = (192,)
     """Padded prompt lengths; each program compiles once a bucket."""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 32
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 2
     max_queries: int = 5
-    max_query_words: int = 8
-    vocabulary_size: int = 3072
+    max_query_words: int = 6
+    vocabulary_size: int = 4096
     """Of the byte-level BPE that is trained for models from scratch."""
 
 
@@ -88,7 +88,7 @@ class RetrievalConfig:
     embedding_size: int = 320
     """Of the TF-IDF + SVD embedder; a sentence encoder has its own."""
     articles_per_query: int = 10
-    """K of the alignment reward, and what each query retrieves when serving."""
+    """What each query retrieves."""
     merge: Literal["reciprocal_rank", "round_robin", "max_score"] = "max_score"
     """How the lists of one user's queries become one ranking; chosen on validation."""
 
@@ -98,10 +98,12 @@ class RewardConfig:
     """Weights of the five rewards (the paper: all one) and the built-in judge's thresholds."""
 
     align: float = 1.0
-    coverage: float = 1.0
-    specificity: float = 1.0
-    diversity: float = 1.0
+    coverage: float = 2.0
+    specificity: float = 0.5
+    diversity: float = 0.3
     structure: float = 1.0
+    align_articles: int = 3
+    """K of the alignment reward. The paper takes 10 of millions; a catalogue of hundreds has three or four a subject."""
     max_facets: int = 6
     """Facets of a user's signals that the coverage rubric asks for."""
 
@@ -121,8 +123,8 @@ class SftConfig:
     """Warm start, or supervised distillation."""
 
     steps: int = 400
-    prompts_per_step: int = 16
-    group_size: int = 4
+    prompts_per_step: int = 8
+    group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
 

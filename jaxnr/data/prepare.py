@@ -90,6 +90,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         embedder=embedder,
         index=ArticleIndex(embeddings_IE, published_I, expires_I, mesh),
         item_ids_I=tables.articles["item_id"].to_pylist(),
+        articles_IE=embeddings_IE,
         statistics=TermStatistics.load(folder / "terms.json"),
         calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
         config=config,

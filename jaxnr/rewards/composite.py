@@ -17,9 +17,12 @@ from jaxnr.retrieval.index import ArticleIndex
 from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
 from jaxnr.rewards.diversity import diversity
-from jaxnr.rewards.rubric import Calibration, Rubric, build_rubric
+from jaxnr.rewards.rubric import Calibration, Rubric, build_rubric, in_article_words
 from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity
 from jaxnr.rewards.structure import structure
+
+FEEDBACK_ARTICLES = 5
+"""Articles that a facet is moved towards: about as many as the catalogue has on one subject."""
 
 REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
 
@@ -46,6 +49,7 @@ class RewardModel:
         embedder: of queries, signals and articles.
         index: the catalogue, by the same embedder; ``item_ids_I`` are the articles of its rows. Articles that a user
             has clicked before the request are not retrieved for that user.
+        articles_IE: their vectors, as they are in the index.
         statistics: of the terms of the catalogue.
         calibration: of the embedder's cosines, measured on the training signals.
         config: the limits on lists, the articles a query and the weights.
@@ -57,11 +61,13 @@ class RewardModel:
         embedder: Embedder,
         index: ArticleIndex,
         item_ids_I: Sequence[str],
+        articles_IE: np.ndarray,
         statistics: TermStatistics,
         calibration: Calibration,
         config: Config,
     ):
         self.embedder, self.index, self.statistics, self.calibration = embedder, index, statistics, calibration
+        self.articles_IE = articles_IE
         self.item_ids_I = np.array(item_ids_I)
         self.config = config
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
@@ -84,7 +90,7 @@ class RewardModel:
         rewards, total_BG = _jitted_score(
             queries_BGQE=queries_BGQE,
             query_mask_BGQ=mask_BGQ,
-            article_scores_BGQK=scores_BGQK,
+            article_scores_BGQK=scores_BGQK[..., : self.config.reward.align_articles],
             criteria_BGQC=criteria_BGQC,
             facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
             weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
@@ -107,11 +113,29 @@ class RewardModel:
         texts = list(dict.fromkeys(signal.text for example in new for signal in example.signals))
         row_of = {text: row for row, text in enumerate(texts)}
         embeddings_NE = self._embed(texts)
-        for example in new:
-            signals_ME = embeddings_NE[[row_of[signal.text] for signal in example.signals]]
-            self._rubrics[example.example_id] = build_rubric(
-                signals_ME, self.calibration, self.config.reward.max_facets
+        rubrics = [
+            build_rubric(
+                embeddings_NE[[row_of[signal.text] for signal in example.signals]],
+                self.calibration,
+                self.config.reward.max_facets,
             )
+            for example in new
+        ]
+        for example, rubric in zip(new, self._in_article_words(new, rubrics), strict=True):
+            self._rubrics[example.example_id] = rubric
+
+    def _in_article_words(self, examples: Sequence[Example], rubrics: Sequence[Rubric]) -> list[Rubric]:
+        """The rubrics with facets moved towards the articles nearest to them that are live at the request."""
+        if not rubrics:
+            return []
+        facets_BJE = np.stack([rubric.facets_JE for rubric in rubrics])
+        B, J, E = facets_BJE.shape
+        times_N = np.repeat([example.timestamp for example in examples], J)
+        _, rows_NK = self.index.search(facets_BJE.reshape(-1, E), times_N, FEEDBACK_ARTICLES)
+        # Row -1, the last, is what a missing article gets: zeros.
+        articles_IE = np.vstack([self.articles_IE, np.zeros((1, E), np.float32)])
+        rows_BJK = rows_NK.reshape(B, J, -1)
+        return [in_article_words(rubric, articles_IE[rows]) for rubric, rows in zip(rubrics, rows_BJK, strict=True)]
 
     def rubric(self, example: Example) -> Rubric:
         """The example's coverage criteria; built once."""

@@ -74,6 +74,20 @@ def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: i
     return Rubric(facets_JE, weights_J)
 
 
+def in_article_words(rubric: Rubric, nearest_JKE: np.ndarray) -> Rubric:
+    """The facets, each moved half-way to the mean of its nearest articles (``nearest_JKE``, zero rows for none).
+
+    Searches and pages say an interest in other words than the news does. A facet of signals alone is covered best by
+    copying them; this one (pseudo-relevance feedback, Rocchio 1971) by saying what the news calls the same thing.
+    """
+    articles_JE = _unit(nearest_JKE.mean(axis=1))
+    return rubric._replace(facets_JE=np.where(rubric.weights_J[:, None] > 0, _unit(rubric.facets_JE + articles_JE), 0))
+
+
+def _unit(vectors_JE: np.ndarray) -> np.ndarray:
+    return vectors_JE / np.maximum(np.linalg.norm(vectors_JE, axis=-1, keepdims=True), 1e-6)
+
+
 def _clusters(signals_ME: np.ndarray, least_cosine: float) -> list[np.ndarray]:
     """Rows of each cluster, rising; average linkage merges while two clusters' mean cosine reaches the cut."""
     if len(signals_ME) < 2:

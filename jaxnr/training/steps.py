@@ -54,7 +54,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, weight_decay=config.weight_decay),
+        optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
     )
 
 

@@ -2,8 +2,8 @@
 
 A model that begins from nothing stands where a pretrained, prompted language model would: it knows the format and which
 texts go together, and nothing of the rewards. It learns that from the training split alone, without labels: a list is
-made of random signals of the user, some still shown in the prompt (copying) and some hidden from it (association), half
-of them in full and half as a few of their words.
+made of random signals of the user, some still shown in the prompt (copying) and some hidden from it (association), each
+said as a search query.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from jaxnr.retrieval.embedder import analyze
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
+HIDING_PROMPTS = 0.25
+"""Share of the prompts whose lists are made of signals that the prompt hides."""
+
 HIDDEN_SHARE = 0.3
-"""Of the signals, on average, in the half of the lists that are made of hidden ones."""
+"""Of the signals of such a prompt, on average."""
+
+
+SHORT_TEXT_WORDS = 4
+"""Texts of up to so many words, such as searches, are queries already."""
 
 
 class Target(NamedTuple):
@@ -36,10 +43,10 @@ class Target(NamedTuple):
 
 
 def warm_start_target(example: Example, config: PromptConfig, group_size: int, rng: np.random.Generator) -> Target:
-    """Lists of random signals of the user; for half of the prompts, of signals that the prompt then does not show."""
+    """Lists of random signals of the user; for some of the prompts, of signals that the prompt then does not show."""
     signals = example.signals
     hidden = rng.random(len(signals)) < HIDDEN_SHARE
-    if rng.random() < 0.5 and hidden.sum() >= config.min_queries and (~hidden).any():
+    if rng.random() < HIDING_PROMPTS and hidden.sum() >= config.min_queries and (~hidden).any():
         shown = tuple(signal for signal, hide in zip(signals, hidden, strict=True) if not hide)
         pool = [signal.text for signal, hide in zip(signals, hidden, strict=True) if hide]
     else:
@@ -52,13 +59,15 @@ def warm_start_target(example: Example, config: PromptConfig, group_size: int, r
 def _random_list(pool: Sequence[str], config: PromptConfig, rng: np.random.Generator) -> tuple[str, ...]:
     wanted = int(rng.integers(config.min_queries, config.max_queries + 1))
     texts = (pool[row] for row in rng.permutation(len(pool)))
-    return queries_from([condense(text, rng) if rng.random() < 0.5 else text for text in texts], config, wanted)
+    return queries_from([as_query(text, rng) for text in texts], config, wanted)
 
 
-def condense(text: str, rng: np.random.Generator) -> str:
-    """A few of the text's content words, in their order: how a search query says a headline."""
-    terms = [term for term in analyze(text) if term not in ENGLISH_STOP_WORDS]
-    if len(terms) < 3:
+def as_query(text: str, rng: np.random.Generator) -> str:
+    """A short text as it is; of a longer one, such as a headline, two to four of its content words in their order."""
+    if len(text.split()) <= SHORT_TEXT_WORDS:
+        return text
+    terms = [term for term in dict.fromkeys(analyze(text)) if term not in ENGLISH_STOP_WORDS]
+    if len(terms) < 2:
         return text
     kept = np.sort(rng.permutation(len(terms))[: int(rng.integers(2, 5))])
     return " ".join(terms[row] for row in kept)
