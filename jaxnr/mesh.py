@@ -52,7 +52,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """
     for pattern, spec in PARTITION:
         if re.search(f"{pattern}$", path) and len(spec) <= len(shape):
-            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)))
+            pairs = zip(spec, shape, strict=False)  # a spec may leave out trailing dimensions
+            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs))
     return P()
 
 

@@ -50,9 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) ->
     # A word is to be one token wherever it stands: in a headline or a query, first in a string or not. Small models
     # have neither the vocabulary for all variants nor the steps to learn that they are one word. Only case and the
     # blank after an opening quote are lost, and retrieval and parser see neither.
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r'"(?=\w)'), '" ')]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r'"(?=\w)'), '" ')])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),

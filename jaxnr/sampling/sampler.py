@@ -54,8 +54,9 @@ class _State:
 
 
 def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int) -> Callable:
-    """A jitted ``sample(params, prompt_BS, prompt_mask_BS, prompt_ids_B, sample_ids_G, seed, step, settings, stop_ids)``.
+    """The jitted sampler of a model.
 
+    ``sample(params, prompt_BS, prompt_mask_BS, prompt_ids_B, sample_ids_G, seed, step, settings, stop_ids)``.
     Prompts are left-padded. ``stop_ids`` is an int array; its length, B, G and S are the only things that compile anew.
     """
 

@@ -36,7 +36,7 @@ def train(
     validate: Callable[[dict], dict] | None = None,
     validate_every: int = 0,
 ) -> TrainState:
-    """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if there is one.
+    """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if any.
 
     ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
     end; they never change what is trained.

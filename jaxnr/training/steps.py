@@ -1,4 +1,4 @@
-"""The jitted steps: ``step(state, batch) -> (state, metrics)``, the state donated, sharded by the table of ``mesh.py``."""
+"""The jitted steps: ``step(state, batch) -> (state, metrics)``, the state donated, sharded by ``mesh.py``'s table."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def make_distill_step(
     vocabulary_size: int,
     temperature: float,
 ) -> Callable:
-    """``step(state, teacher_params, batch)``: exact reverse KL on the student's own samples, no gradient through them."""
+    """``step(state, teacher_params, batch)``: exact reverse KL on the student's samples, no gradient through them."""
 
     def hidden_states(model: Decoder, params: dict, batch: Batch) -> jax.Array:
         return model.apply(
