@@ -63,11 +63,13 @@ class PromptConfig:
     """What the policy reads and what it may write."""
 
     instructions: str = "Write news search queries for this reader."
+    signal_words: int = 4
+    """Rarest words that a prompt shows of each signal; 0 shows the whole text, which pretrained models read."""
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
-    max_prompt_tokens: int = 192
+    max_prompt_tokens: int = 144
     """Longer prompts lose their oldest signals; how many did is counted."""
-    prompt_buckets: tuple[int, ...] = (192,)
+    prompt_buckets: tuple[int, ...] = (144,)
     """Padded prompt lengths; each program compiles once a bucket."""
     max_new_tokens: int = 32
     """Generation budget, the L of Dr.GRPO."""
@@ -126,7 +128,7 @@ class SftConfig:
     prompts_per_step: int = 8
     group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ class GrpoConfig:
     temperature: float = 1.0
     validate_every: int = 50
     """Steps between measurements of recall on the validation users; 0 for none."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

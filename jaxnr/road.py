@@ -13,15 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.checkpoint import Checkpoints
 from jaxnr.config import Config, ModelConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
-from jaxnr.data.examples import Example
+from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
-from jaxnr.data.prepare import open_rewards, prepare_data
+from jaxnr.data.prepare import known_texts, open_rewards, prepare_data
 from jaxnr.data.schema import Tables
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import write_json_lines, write_text
@@ -30,7 +31,9 @@ from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
 from jaxnr.progress import progress
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import RewardModel, summarise
+from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import SamplingSettings
+from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
 from jaxnr.training.rollout import Policy, make_policy, padded_chunks, roll_out
@@ -44,7 +47,7 @@ from jaxnr.training.steps import (
     make_optimizer,
     make_sft_step,
 )
-from jaxnr.training.targets import Target, place_targets, warm_start_batches
+from jaxnr.training.targets import Paraphrases, Target, paraphrases, place_targets, warm_start_batches
 
 STAGES = ("data", "sft", "grpo", "distill", "evaluate")
 
@@ -69,6 +72,7 @@ class Road:
     tables: Tables
     examples: dict[str, Sequence[Example]]
     rewards: RewardModel
+    signal_terms: TermStatistics
     log: MetricsLog
 
     @classmethod
@@ -84,6 +88,7 @@ class Road:
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
             rewards=open_rewards(config, out, tables, mesh),
+            signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
         )
 
@@ -91,15 +96,15 @@ class Road:
         """The decoder of ``shape`` ("teacher" or "student") with its sampler."""
         config: ModelConfig = getattr(self.config, shape)
         model = Decoder(decoder_config(config, len(self.tokenizer)))
-        return make_policy(model, self.tokenizer, self.config.prompt, self.mesh)
+        return make_policy(model, self.tokenizer, self.config.prompt, self.mesh, self.signal_terms)
 
-    def fresh_params(self, policy: Policy, seed: int) -> dict:
-        """Random parameters, placed on the mesh."""
-
-        def build() -> dict:
-            return init_params(policy.model, jax.random.key(seed))
-
-        return jax.jit(build, out_shardings=tree_shardings(jax.eval_shape(build), self.mesh))()
+    def paraphrases(self, train: Sequence[Example], t1: int) -> Paraphrases:
+        """How the training signals can be said in the words of articles published before ``t1``."""
+        earlier_I = np.asarray(self.tables.articles["published_at"].cast("int64")) < t1
+        titles = np.asarray(self.tables.articles["title"].to_pylist(), object)[earlier_I]
+        texts = [signal.text for example in train for signal in example.signals]
+        rewards = self.rewards
+        return paraphrases(texts, titles, rewards.articles_IE[earlier_I], rewards.embedder, self.signal_terms)
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
         """The parameters that a training stage ended with."""
@@ -163,17 +168,23 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
 def warm_start(road: Road) -> None:
     """Supervised steps that give the teacher and the student the format and the language (see training/targets.py)."""
     config = road.config.warm_start
+    train = list(road.examples["train"])
+    t1, _ = split_times(road.tables, road.config.data)
+    # Single texts say which words go together in one stream; a user's signals side by side, which go together across.
+    texts = known_texts(road.tables, train, t1)
+    texts += [" ".join(signal.text for signal in example.signals) for example in train]
+    known = road.paraphrases(train, t1)
     for offset, shape in enumerate(("teacher", "student")):
         policy = road.policy(shape)
         supervise(
             road,
             f"warm_start_{shape}",
             policy,
-            road.fresh_params(policy, 2 * road.config.seed + offset),
+            fresh_params(policy.model, road.tokenizer, texts, 2 * road.config.seed + offset),
             config,
             config.steps,
-            warm_start_batches(policy, config.group_size, road.config.seed),
-            source=road.examples["train"],
+            warm_start_batches(policy, config.group_size, known, road.config.seed),
+            source=train,
         )
 
 
@@ -336,6 +347,7 @@ def decoder_config(config: ModelConfig, vocabulary_size: int) -> DecoderConfig:
         rope_theta=config.rope_theta,
         rms_norm_eps=config.rms_norm_eps,
         tie_word_embeddings=config.tie_word_embeddings,
+        initializer_range=config.hidden_size**-0.5,  # 0.02, usual for large widths, leaves small models asleep
     )
 
 

@@ -64,6 +64,7 @@ def _prepare_retrieval(
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
     TermStatistics.fit(article_texts(_published_before(tables, t1))).save(folder / "terms.json")
+    TermStatistics.fit(texts).save(folder / "signal_terms.json")
     signals = [(row, signal.text) for row, example in enumerate(train) for signal in example.signals]
     users, user_M = np.unique([train[row].user_id for row, _ in signals], return_inverse=True)
     del users

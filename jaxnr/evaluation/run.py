@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -15,12 +16,13 @@ from jaxnr.data.examples import Example
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
 from jaxnr.evaluation.merging import MERGES, to_item_ids
-from jaxnr.evaluation.metrics import evaluate_rankings, evaluate_samples
+from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_samples
 from jaxnr.evaluation.report import write_report
 from jaxnr.evaluation.significance import compare, mean_interval
 from jaxnr.files import write_text
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
+from jaxnr.rewards.composite import Retrieved
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.metrics import read_metrics
 from jaxnr.training.rollout import Policy, padded_chunks, roll_out
@@ -28,7 +30,9 @@ from jaxnr.training.rollout import Policy, padded_chunks, roll_out
 if TYPE_CHECKING:
     from jaxnr.road import Road
 
-METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+TESTED_METRICS = ("recall@10", "ndcg@10")
+"""The family of the paired tests; the other metrics have intervals."""
+
 DEPTH = 10
 """Articles of a ranking that count: the deepest metric's cut-off."""
 
@@ -55,20 +59,24 @@ class Sampled:
 def sample_lists(road: Road, policy: Policy, params: dict, examples: Sequence[Example], samples: int) -> Sampled:
     """Samples, scores and retrieves ``samples`` lists for every example."""
     config = road.config
-    merge = MERGES[config.retrieval.merge]
     settings = SamplingSettings(temperature=config.evaluation.temperature)
-    item_ids_I = road.rewards.item_ids_I
     lists_US, rankings_US, rewards = [], [], []
     for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
         rollout = roll_out(policy, params, chunk.padded, samples=samples, seed=config.seed, step=0, settings=settings)
         scored = road.rewards(chunk.padded, rollout.lists)
         users = len(chunk.examples)
-        merged = merge(scored.article_rows_BGQK, scored.article_scores_BGQK, scored.query_mask_BGQ)[:users]
-        rankings_US += [to_item_ids(user[:, :DEPTH], item_ids_I) for user in merged]
+        rankings_US += rank(road, scored.found)[:users]
         lists_US += rollout.lists[:users]
         rewards.append({name: values[:users] for name, values in {**scored.rewards, "total": scored.total_BG}.items()})
     stacked = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
     return Sampled(lists_US, stacked, rankings_US)
+
+
+def rank(road: Road, found: Retrieved) -> list[list[list[str]]]:
+    """The merged ranking of each list: article ids, for each user and sample."""
+    merge = MERGES[road.config.retrieval.merge]
+    merged_BGM = merge(found.article_rows_BGQK, found.article_scores_BGQK, found.query_mask_BGQ)
+    return [to_item_ids(user_GM[:, :DEPTH], road.rewards.item_ids_I) for user_GM in merged_BGM]
 
 
 def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
@@ -136,11 +144,15 @@ def plain_rankings(road: Road, examples: list[Example]) -> dict[str, list[list[s
 
 
 def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Example]) -> float:
-    """Users a second from prompt to merged ranking, one list each, after one warm-up pass over the same users."""
-    timed = examples[: 4 * road.config.evaluation.prompts_per_step]
-    sample_lists(road, policy, params, timed, samples=1)
-    started = time.perf_counter()
-    sample_lists(road, policy, params, timed, samples=1)
+    """Users a second from prompt to merged ranking, one list each, rewards left out; after a pass to warm up."""
+    config = road.config
+    timed = examples[: 8 * config.evaluation.prompts_per_step]
+    settings = SamplingSettings(temperature=config.evaluation.temperature)
+    for _ in range(2):
+        started = time.perf_counter()
+        for chunk in padded_chunks(timed, config.evaluation.prompts_per_step):
+            rollout = roll_out(policy, params, chunk.padded, samples=1, seed=config.seed, step=0, settings=settings)
+            rank(road, road.rewards.retrieve(chunk.padded, rollout.lists))
     return len(timed) / (time.perf_counter() - started)
 
 
@@ -162,13 +174,13 @@ def assemble(
 
     others = [name for name in per_user if name != "teacher"]
     students = ("student_on_policy", "student_supervised", "student_untrained")
-    pairs = [("teacher", other) for other in others] + [(a, b) for a, b in zip(students, students[1:], strict=False)]
+    pairs = [("teacher", other) for other in others] + list(itertools.pairwise(students))
     return {
         "seed": road.config.seed,
         "seconds": {},
         "users": report["users"],
         "offline": {name: intervals(values) for name, values in per_user.items()},
-        "comparisons": compare(per_user, pairs, METRICS),
+        "comparisons": compare(per_user, pairs, TESTED_METRICS),
         "best_of_n": {str(n): intervals(values) for n, values in best.items()},
         "rewards": {
             name: {reward: float(np.nanmean(values)) for reward, values in sample.rewards.items()}

@@ -27,19 +27,31 @@ FEEDBACK_ARTICLES = 5
 REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What the rewards say of G lists for each of B users, and what their queries retrieve; on the host."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """What the queries of G lists for each of B users find in the catalogue; on the host."""
 
-    rewards: dict[str, np.ndarray]
-    """Each of ``REWARDS``, [B, G] in [0, 1]; 0 for a list of invalid structure, NaN where the judge failed."""
-    total_BG: np.ndarray
-    """Their weighted sum."""
+    texts: list[str]
+    """The different queries."""
+    text_BGQ: np.ndarray
+    """Which of ``texts`` each query is; -1 for none."""
+    queries_BGQE: np.ndarray
     query_mask_BGQ: np.ndarray
     article_rows_BGQK: np.ndarray
     """Rows of the index, best first; -1 where there is none."""
     article_scores_BGQK: np.ndarray
     """Cosines; -inf where there is no article or no query."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the rewards say of G lists for each of B users."""
+
+    rewards: dict[str, np.ndarray]
+    """Each of ``REWARDS``, [B, G] in [0, 1]; 0 for a list of invalid structure, NaN where the judge failed."""
+    total_BG: np.ndarray
+    """Their weighted sum."""
+    found: Retrieved
 
 
 class RewardModel:
@@ -76,35 +88,37 @@ class RewardModel:
 
     def __call__(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Scored:
         """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G)."""
-        Q, K = self.config.prompt.max_queries, self.config.retrieval.articles_per_query
-        B, G = len(lists), len(lists[0])
-        texts, text_BGQ = _unique_queries(lists, Q)
-        mask_BGQ = text_BGQ >= 0
-        # Row -1, the last, is what a missing query gets: zeros.
-        queries_BGQE = np.vstack([self._embed(texts), np.zeros((1, self.embedder.size), np.float32)])[text_BGQ]
-        criteria_BGQC = np.array([*map(self._criteria_of, texts), (0.0,) * len(CRITERIA)], np.float32)[text_BGQ]
-        scores_BGQK, rows_BGQK = self._search(examples, queries_BGQE, K)
-        scores_BGQK = np.where(mask_BGQ[..., None], scores_BGQK, -np.inf)
-        rows_BGQK = np.where(mask_BGQ[..., None], rows_BGQK, -1)
+        found = self.retrieve(examples, lists)
+        criteria_NC = np.array([*map(self._criteria_of, found.texts), (0.0,) * len(CRITERIA)], np.float32)
         rubrics = self._rubrics_of(examples)
         rewards, total_BG = _jitted_score(
-            queries_BGQE=queries_BGQE,
-            query_mask_BGQ=mask_BGQ,
-            article_scores_BGQK=scores_BGQK[..., : self.config.reward.align_articles],
-            criteria_BGQC=criteria_BGQC,
+            queries_BGQE=found.queries_BGQE,
+            query_mask_BGQ=found.query_mask_BGQ,
+            article_scores_BGQK=found.article_scores_BGQK[..., : self.config.reward.align_articles],
+            criteria_BGQC=criteria_NC[found.text_BGQ],
             facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
             weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
             valid_BG=structure(lists),
             calibration=self.calibration,
             weights=self.config.reward,
         )
-        assert total_BG.shape == (B, G)
-        return Scored(
-            {name: np.asarray(reward_BG) for name, reward_BG in rewards.items()},
-            np.asarray(total_BG),
-            mask_BGQ,
-            rows_BGQK,
-            scores_BGQK,
+        assert total_BG.shape == found.text_BGQ.shape[:2]
+        return Scored({name: np.asarray(reward_BG) for name, reward_BG in rewards.items()}, np.asarray(total_BG), found)
+
+    def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
+        """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""
+        texts, text_BGQ = _unique_queries(lists, self.config.prompt.max_queries)
+        mask_BGQ = text_BGQ >= 0
+        # Row -1, the last, is what a missing query gets: zeros.
+        queries_BGQE = np.vstack([self._embed(texts), np.zeros((1, self.embedder.size), np.float32)])[text_BGQ]
+        scores_BGQK, rows_BGQK = self._search(examples, queries_BGQE, self.config.retrieval.articles_per_query)
+        return Retrieved(
+            texts=texts,
+            text_BGQ=text_BGQ,
+            queries_BGQE=queries_BGQE,
+            query_mask_BGQ=mask_BGQ,
+            article_rows_BGQK=np.where(mask_BGQ[..., None], rows_BGQK, -1),
+            article_scores_BGQK=np.where(mask_BGQ[..., None], scores_BGQK, -np.inf),
         )
 
     def precompute(self, examples: Sequence[Example]) -> None:

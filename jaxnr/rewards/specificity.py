@@ -89,6 +89,15 @@ class TermStatistics:
             raise InputError(f"{path}: not saved term statistics: {error}") from error
 
 
+def telling_words(text: str, statistics: TermStatistics, count: int) -> str:
+    """The ``count`` rarest terms of a text in the order of the text; the text itself if it has no known term."""
+    terms = list(dict.fromkeys(analyze(text)))
+    rarity = {term: statistics.rarity(term) for term in terms if term not in _NOT_CONTENT}
+    rarest = set(sorted(rarity, key=lambda term: -rarity[term])[:count])
+    kept = [term for term in terms if term in rarest and rarity[term] > 0]
+    return " ".join(kept) or text
+
+
 def specificity(criteria_BGQC: jax.Array, query_mask_BGQ: jax.Array) -> jax.Array:
     """specificity_BG: mean over queries of the mean over their criteria (paper, R_spec); no queries: 0."""
     return mean_over_queries(criteria_BGQC.mean(-1), query_mask_BGQ)

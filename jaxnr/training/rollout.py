@@ -17,6 +17,7 @@ from jaxnr.mesh import batch_sharding
 from jaxnr.models.decoder import Decoder
 from jaxnr.prompting.output import ParsedList, parse_list
 from jaxnr.prompting.prompt import encode_prompt, pad_prompts
+from jaxnr.rewards.specificity import TermStatistics, telling_words
 from jaxnr.sampling.sampler import Completions, SamplingSettings, make_sampler
 from jaxnr.training.steps import Batch
 
@@ -30,6 +31,8 @@ class Policy:
     prompt: PromptConfig
     mesh: Mesh
     sampler: Callable
+    signal_terms: TermStatistics
+    """Of signals and articles: which words of a signal are rare, where a prompt shows only these."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -46,7 +49,13 @@ class Rollout:
     lists: list[list[ParsedList]]
 
 
-def make_policy(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, mesh: Mesh) -> Policy:
+def make_policy(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptConfig,
+    mesh: Mesh,
+    signal_terms: TermStatistics,
+) -> Policy:
     """Bundles a model with its tokenizer and its jitted sampler."""
     sampler = make_sampler(
         model,
@@ -54,14 +63,25 @@ def make_policy(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: Prom
         vocabulary_size=len(tokenizer),
         pad_id=tokenizer.pad_token_id,
     )
-    return Policy(model, tokenizer, prompt, mesh, sampler)
+    return Policy(model, tokenizer, prompt, mesh, sampler, signal_terms)
 
 
 def place_prompts(policy: Policy, examples: Sequence[Example]) -> tuple[jax.Array, jax.Array]:
     """The examples' prompts, left-padded to a bucket and spread over the mesh: tokens and mask [B, S]."""
-    ids = [encode_prompt(policy.tokenizer, example, policy.prompt).ids for example in examples]
+    ids = [encode_prompt(policy.tokenizer, _shown(policy, example), policy.prompt).ids for example in examples]
     prompt_BS, mask_BS = pad_prompts(ids, policy.prompt.prompt_buckets, policy.tokenizer.pad_token_id)
     return jax.device_put((prompt_BS, mask_BS), batch_sharding(policy.mesh))
+
+
+def _shown(policy: Policy, example: Example) -> Example:
+    """The example with its signals as the prompt shows them."""
+    count = policy.prompt.signal_words
+    if not count:
+        return example
+    shown = (
+        signal._replace(text=telling_words(signal.text, policy.signal_terms, count)) for signal in example.signals
+    )
+    return example._replace(signals=tuple(shown))
 
 
 def roll_out(

@@ -1,9 +1,9 @@
 """What supervised steps imitate: for the warm start, the users' own signals; for distillation, the teacher's lists.
 
-A model that begins from nothing stands where a pretrained, prompted language model would: it knows the format and which
-texts go together, and nothing of the rewards. It learns that from the training split alone, without labels: a list is
-made of random signals of the user, some still shown in the prompt (copying) and some hidden from it (association), each
-said as a search query.
+A model that begins from nothing is to stand where a pretrained, prompted language model would: it knows the format,
+which texts go together and what the news calls things, and nothing of the rewards. It learns that from the training
+split alone, without labels. A list is made of random signals of the user, noise and all, each said as a search query
+either in its own words or in those of an article like it. In some prompts the signals that are asked for are hidden.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example
 from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import encode_completion
-from jaxnr.retrieval.embedder import analyze
+from jaxnr.retrieval.embedder import Embedder
+from jaxnr.rewards.specificity import TermStatistics, telling_words
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
-HIDING_PROMPTS = 0.25
+HIDING_PROMPTS = 0.0
 """Share of the prompts whose lists are made of signals that the prompt hides."""
 
 HIDDEN_SHARE = 0.3
 """Of the signals of such a prompt, on average."""
 
 
-SHORT_TEXT_WORDS = 4
-"""Texts of up to so many words, such as searches, are queries already."""
+PARAPHRASED = 0.5
+"""Share of the queries that are made of an article's words."""
 
+LIKE_ARTICLES = 3
+"""Articles that may stand for a signal: about as many as there are on one subject at a time."""
 
 class Target(NamedTuple):
     """A prompt and G lists to imitate; they share the prompt, as completions do."""
@@ -42,7 +44,30 @@ class Target(NamedTuple):
     lists: tuple[tuple[str, ...], ...]
 
 
-def warm_start_target(example: Example, config: PromptConfig, group_size: int, rng: np.random.Generator) -> Target:
+class Paraphrases(NamedTuple):
+    """What it takes to say a signal as a search query."""
+
+    titles: dict[str, tuple[str, ...]]
+    """Signal text to the titles of the articles most like it."""
+    statistics: TermStatistics
+
+
+def paraphrases(
+    texts: Sequence[str], titles: Sequence[str], articles_IE: np.ndarray, embedder: Embedder, statistics: TermStatistics
+) -> Paraphrases:
+    """The articles nearest to each text, among ``titles`` with vectors ``articles_IE``."""
+    texts = list(dict.fromkeys(texts))
+    nearest: dict[str, tuple[str, ...]] = {}
+    for start in range(0, len(texts), 1024):  # scores of 1024 texts at a time
+        chunk = texts[start : start + 1024]
+        rows_NK = np.argsort(-(embedder.embed_queries(chunk) @ articles_IE.T), axis=1, kind="stable")[:, :LIKE_ARTICLES]
+        nearest |= {text: tuple(titles[row] for row in rows) for text, rows in zip(chunk, rows_NK, strict=True)}
+    return Paraphrases(nearest, statistics)
+
+
+def warm_start_target(
+    example: Example, config: PromptConfig, group_size: int, known: Paraphrases, rng: np.random.Generator
+) -> Target:
     """Lists of random signals of the user; for some of the prompts, of signals that the prompt then does not show."""
     signals = example.signals
     hidden = rng.random(len(signals)) < HIDDEN_SHARE
@@ -52,25 +77,21 @@ def warm_start_target(example: Example, config: PromptConfig, group_size: int, r
     else:
         shown, pool = signals, [signal.text for signal in signals]
     return Target(
-        example._replace(signals=shown), tuple(_random_list(pool, config, rng) for _ in range(group_size))
+        example._replace(signals=shown), tuple(_random_list(pool, config, known, rng) for _ in range(group_size))
     )
 
 
-def _random_list(pool: Sequence[str], config: PromptConfig, rng: np.random.Generator) -> tuple[str, ...]:
+def _random_list(
+    pool: Sequence[str], config: PromptConfig, known: Paraphrases, rng: np.random.Generator
+) -> tuple[str, ...]:
     wanted = int(rng.integers(config.min_queries, config.max_queries + 1))
-    texts = (pool[row] for row in rng.permutation(len(pool)))
-    return queries_from([as_query(text, rng) for text in texts], config, wanted)
-
-
-def as_query(text: str, rng: np.random.Generator) -> str:
-    """A short text as it is; of a longer one, such as a headline, two to four of its content words in their order."""
-    if len(text.split()) <= SHORT_TEXT_WORDS:
-        return text
-    terms = [term for term in dict.fromkeys(analyze(text)) if term not in ENGLISH_STOP_WORDS]
-    if len(terms) < 2:
-        return text
-    kept = np.sort(rng.permutation(len(terms))[: int(rng.integers(2, 5))])
-    return " ".join(terms[row] for row in kept)
+    texts = (pool[row] for row in rng.permutation(len(pool))[: 2 * wanted])  # some to spare for repeated queries
+    said = [
+        str(rng.choice(known.titles[text])) if rng.random() < PARAPHRASED and text in known.titles else text
+        for text in texts
+    ]
+    words = config.signal_words or config.max_query_words
+    return queries_from([telling_words(text, known.statistics, words) for text in said], config, wanted)
 
 
 def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tuple[str, ...]:
@@ -107,7 +128,7 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
 
 
 def warm_start_batches(
-    policy: Policy, group_size: int, seed: int
+    policy: Policy, group_size: int, known: Paraphrases, seed: int
 ) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone."""
 
@@ -116,7 +137,7 @@ def warm_start_batches(
         return place_targets(
             policy,
             [
-                warm_start_target(example, policy.prompt, group_size, rng)
+                warm_start_target(example, policy.prompt, group_size, known, rng)
                 for example, rng in zip(examples, draws, strict=True)
             ],
         )

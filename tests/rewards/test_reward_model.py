@@ -51,6 +51,7 @@ def model():
         embedder=embedder,
         index=ArticleIndex(embedder.embed_documents(ARTICLES), np.arange(9)),
         item_ids_I=[f"a{row}" for row in range(9)],
+        articles_IE=embedder.embed_documents(ARTICLES),
         statistics=TermStatistics.fit(ARTICLES),
         calibration=Calibration(0.2),
         config=CONFIG,
@@ -76,9 +77,9 @@ def test_shapes_and_bounds(model):
         assert reward_BG[0, 2] == 0
     assert scored.rewards["structure"].tolist() == [[1, 1, 0], [1, 1, 1]]
     np.testing.assert_allclose(scored.total_BG, sum(scored.rewards.values()), atol=1e-6)
-    assert scored.query_mask_BGQ.sum(-1).tolist() == [[2, 2, 0], [2, 2, 2]]
-    assert scored.article_rows_BGQK.shape == scored.article_scores_BGQK.shape == (2, 3, 4, 3)
-    assert np.all(scored.article_rows_BGQK[~scored.query_mask_BGQ] == -1)
+    assert scored.found.query_mask_BGQ.sum(-1).tolist() == [[2, 2, 0], [2, 2, 2]]
+    assert scored.found.article_rows_BGQK.shape == scored.found.article_scores_BGQK.shape == (2, 3, 4, 3)
+    assert np.all(scored.found.article_rows_BGQK[~scored.found.query_mask_BGQ] == -1)
 
 
 def test_covering_both_interests_is_worth_more_than_one_and_a_stranger(model):
@@ -95,11 +96,11 @@ def test_unknown_words_earn_structure_only(model):
 
 
 def test_articles_seen_or_not_yet_published_are_not_retrieved(model):
-    rows = model([DRIVER], [[valid("electric car", "battery factory")]]).article_rows_BGQK
+    rows = model([DRIVER], [[valid("electric car", "battery factory")]]).found.article_rows_BGQK
     assert 6 not in rows
     assert {7, 8} <= set(rows.ravel().tolist())
     early = example_of(2, "electric car", timestamp=7)
-    assert set(model([early], [[valid("electric car", "battery factory")]]).article_rows_BGQK.ravel()) <= {
+    assert set(model([early], [[valid("electric car", "battery factory")]]).found.article_rows_BGQK.ravel()) <= {
         *range(8),
         -1,
     }
@@ -110,8 +111,8 @@ def test_scores_are_cosines_of_the_articles_found(model):
     query_QE = model.embedder.embed_documents(["rowing regatta", "florida storm"])
     articles_IE = model.embedder.embed_documents(ARTICLES)
     for place in range(2):
-        expected = articles_IE[scored.article_rows_BGQK[0, 0, place]] @ query_QE[place]
-        np.testing.assert_allclose(scored.article_scores_BGQK[0, 0, place], expected, atol=1e-6)
+        expected = articles_IE[scored.found.article_rows_BGQK[0, 0, place]] @ query_QE[place]
+        np.testing.assert_allclose(scored.found.article_scores_BGQK[0, 0, place], expected, atol=1e-6)
 
 
 def test_each_text_is_embedded_once(model):
@@ -133,7 +134,7 @@ def test_permuted_completions_and_users_give_permuted_rewards(model):
 def test_only_invalid_lists(model):
     scored = model([READER], [[INVALID, INVALID]])
     assert scored.total_BG.tolist() == [[0, 0]]
-    assert not scored.query_mask_BGQ.any()
+    assert not scored.found.query_mask_BGQ.any()
 
 
 def test_a_user_without_usable_signals_is_a_judge_failure(model):
