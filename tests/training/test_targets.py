@@ -1,0 +1,165 @@
+"""What the warm start imitates: lists of the user's own signals, in a fixed format and budget, drawn by seed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_decoder
+
+from jaxnr.config import MeshConfig, PromptConfig
+from jaxnr.data.examples import Example, Signal
+from jaxnr.mesh import make_mesh
+from jaxnr.prompting.output import parse_list
+from jaxnr.prompting.tokenizer import train_tokenizer
+from jaxnr.rewards.specificity import TermStatistics
+from jaxnr.training import targets
+from jaxnr.training.rollout import make_policy
+from jaxnr.training.targets import (
+    Paraphrases,
+    Target,
+    paraphrases,
+    place_targets,
+    queries_from,
+    warm_start_batches,
+    warm_start_target,
+)
+
+TEXTS = [
+    "hurricane florida coast", "rowing cup final", "electric car prices", "opera season opening",
+    "chess world championship", "mortgage interest rates", "volcano island eruption", "wheat harvest drought",
+]  # fmt: skip
+TITLES = ["storm damages coastal towns", "crews race on the river", "battery makers cut costs"]
+CFG = PromptConfig(
+    signal_words=0, max_prompt_tokens=160, prompt_buckets=(160,), max_new_tokens=48, min_queries=2, max_queries=4
+)
+STATISTICS = TermStatistics.fit(TEXTS + TITLES)
+OWN_WORDS = Paraphrases({}, STATISTICS)
+
+
+def example_of(example_id=0, texts=TEXTS) -> Example:
+    signals = tuple(Signal(time, "search", text, None) for time, text in enumerate(texts))
+    return Example(example_id, f"u{example_id}", 100, signals, (), ())
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    tokenizer = train_tokenizer([*TEXTS, *TITLES, CFG.instructions], 600, tmp_path_factory.mktemp("tokenizer"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_policy(tiny_decoder(vocab_size=len(tokenizer)), tokenizer, CFG, mesh, STATISTICS)
+
+
+@given(
+    st.lists(st.text("ab C", min_size=1).filter(str.strip), max_size=8),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_queries_are_distinct_short_and_as_many_as_wanted(texts, wanted, words):
+    queries = queries_from(texts, dataclasses.replace(CFG, max_query_words=words), wanted)
+    different = {" ".join(text.split()[:words]).casefold() for text in texts}
+    assert len(queries) == len({query.casefold() for query in queries}) == min(wanted, len(different))
+    assert all(1 <= len(query.split(" ")) <= words for query in queries)
+    assert list(queries) == [q for q in dict.fromkeys(" ".join(t.split()[:words]) for t in texts) if q in queries]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31 - 1))
+def test_lists_are_of_the_users_own_signals(seed):
+    target = warm_start_target(example_of(), CFG, 3, OWN_WORDS, np.random.default_rng(seed))
+    assert len(target.lists) == 3
+    for queries in target.lists:
+        assert CFG.min_queries <= len(queries) <= CFG.max_queries
+        assert set(queries) <= set(TEXTS)
+
+
+def test_some_queries_are_said_in_the_words_of_articles_like_the_signal():
+    known = Paraphrases({text: tuple(TITLES) for text in TEXTS}, STATISTICS)
+    rng = np.random.default_rng(0)
+    said = {query for _ in range(40) for queries in warm_start_target(example_of(), CFG, 2, known, rng).lists
+            for query in queries}  # fmt: skip
+    words = {word for title in TITLES for word in title.split()}
+    paraphrased = {query for query in said if set(query.split()) <= words}
+    assert paraphrased
+    assert said - paraphrased <= set(TEXTS)
+    assert said - paraphrased
+
+
+def test_paraphrases_are_the_nearest_articles():
+    class Letters:
+        size = 3
+
+        def embed_queries(self, texts):
+            vectors = np.array([[text.count(letter) for letter in "xyz"] for text in texts], np.float32)
+            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+        embed_documents = embed_queries
+
+    titles = ["xx", "xy", "yy", "zz", "zy"]
+    letters = Letters()
+    known = paraphrases(["x", "z", "x"], titles, letters.embed_documents(titles), letters, STATISTICS)
+    assert set(known.titles) == {"x", "z"}
+    assert known.titles["x"][:2] == ("xx", "xy")
+    assert known.titles["z"][:2] == ("zz", "zy")
+    assert len(known.titles["x"]) == targets.LIKE_ARTICLES
+
+
+def test_hidden_signals_are_asked_for_and_not_shown(monkeypatch):
+    monkeypatch.setattr(targets, "HIDING_PROMPTS", 1.0)
+    hiding = 0
+    for seed in range(30):
+        target = warm_start_target(example_of(), CFG, 2, OWN_WORDS, np.random.default_rng(seed))
+        shown = [signal.text for signal in target.example.signals]
+        assert shown == [text for text in TEXTS if text in shown]  # in their order
+        if len(shown) < len(TEXTS):
+            hiding += 1
+            assert not set(shown) & {query for queries in target.lists for query in queries}
+    assert hiding > 10
+
+
+def read_back(policy, batch):
+    tokens_BGT, mask_BGT = jax.device_get((batch.completion_BGT, batch.mask_BGT))
+    return [
+        [policy.tokenizer.decode(row[mask][:-1]) for row, mask in zip(rows, masks, strict=True)]
+        for rows, masks in zip(tokens_BGT, mask_BGT, strict=True)
+    ]
+
+
+def test_placed_lists_read_back_and_end_with_the_end_token(policy):
+    lists = (("rowing cup final", "volcano island eruption"), ("electric car prices", "wheat harvest drought"))
+    batch = place_targets(policy, [Target(example_of(0), lists), Target(example_of(1), lists[::-1])])
+    assert batch.completion_BGT.shape == batch.mask_BGT.shape == (2, 2, CFG.max_new_tokens)
+    assert batch.prompt_BS.shape == (2, 160)
+    for texts, wanted in zip(read_back(policy, batch), (lists, lists[::-1]), strict=True):
+        assert tuple(parse_list(text, CFG).queries for text in texts) == wanted
+    tokens, mask = np.asarray(batch.completion_BGT), np.asarray(batch.mask_BGT)
+    last = np.take_along_axis(tokens, mask.sum(-1)[..., None] - 1, axis=-1)
+    assert (last == policy.tokenizer.eos_token_id).all()
+    assert (tokens[~mask] == policy.tokenizer.pad_token_id).all()
+
+
+def test_a_list_over_the_budget_loses_its_last_queries_and_still_ends(policy):
+    batch = place_targets(policy, [Target(example_of(), (tuple(TEXTS),))])
+    ((text,),) = read_back(policy, batch)
+    fitting = parse_list(text, dataclasses.replace(CFG, max_queries=99)).queries
+    assert 2 <= len(fitting) < len(TEXTS)
+    assert fitting == tuple(TEXTS[: len(fitting)])
+    ids = np.asarray(batch.completion_BGT)[np.asarray(batch.mask_BGT)]
+    assert ids[-1] == policy.tokenizer.eos_token_id
+
+
+def test_targets_depend_on_seed_step_and_example_alone(policy):
+    examples = [example_of(0), example_of(1), example_of(2)]
+    batch = warm_start_batches(policy, 2, OWN_WORDS, seed=5)(examples, 7)
+    turned = warm_start_batches(policy, 2, OWN_WORDS, seed=5)(examples[::-1], 7)
+    for name in ("prompt_BS", "prompt_mask_BS", "completion_BGT", "mask_BGT"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(turned, name)[::-1])
+    others = [
+        warm_start_batches(policy, 2, OWN_WORDS, seed=5)(examples, 8),
+        warm_start_batches(policy, 2, OWN_WORDS, seed=6)(examples, 7),
+    ]
+    assert all((other.completion_BGT != batch.completion_BGT).any() for other in others)
+    rows = np.asarray(batch.completion_BGT)
+    assert (rows[0] != rows[1]).any()
+    assert (rows[:, 0] != rows[:, 1]).any()
