@@ -71,10 +71,10 @@ class PromptConfig:
     """Longer prompts lose their oldest signals; how many did is counted."""
     prompt_buckets: tuple[int, ...] = (144,)
     """Padded prompt lengths; each program compiles once a bucket."""
-    max_new_tokens: int = 32
+    max_new_tokens: int = 28
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 2
-    max_queries: int = 5
+    max_queries: int = 4
     max_query_words: int = 6
     vocabulary_size: int = 4096
     """Of the byte-level BPE that is trained for models from scratch."""
@@ -124,7 +124,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 400
+    steps: int = 300
     prompts_per_step: int = 8
     group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -135,28 +135,30 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 200
+    steps: int = 150
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
     clip_high: float = 0.2
     temperature: float = 1.0
+    uniform_steps: int = 60
+    """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none."""
     validate_every: int = 50
     """Steps between measurements of recall on the validation users; 0 for none."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1.5e-3, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """On-policy distillation: the student's own samples, reverse KL to the teacher."""
 
-    steps: int = 150
+    steps: int = 120
     prompts_per_step: int = 16
-    group_size: int = 2
+    group_size: int = 4
     temperature: float = 1.0
-    cold_start_steps: int = 100
+    cold_start_steps: int = 80
     """Supervised steps on the teacher's lists before the student's own samples are good enough to learn on."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,13 +196,15 @@ class Config:
     reward: RewardConfig = RewardConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
-        hidden_size=56, num_layers=2, intermediate_size=168, num_heads=4, num_kv_heads=2, head_dim=16
+        hidden_size=48, num_layers=2, intermediate_size=160, num_heads=2, num_kv_heads=1, head_dim=32
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
     teacher_lists: int = 2
     """Lists that the teacher samples a training prompt for supervised distillation and the student's cold start."""
-    supervised: SftConfig = SftConfig(steps=150, group_size=2, optimizer=OptimizerConfig(learning_rate=1e-3))
+    supervised: SftConfig = SftConfig(
+        steps=200, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=3e-3)
+    )
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()

@@ -15,13 +15,13 @@ POSITIVE = {
     "valid_days", "test_days", "train_prompts_per_user", "max_signals", "min_signals", "hidden_size", "num_layers",
     "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rms_norm_eps", "max_prompt_tokens",
     "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
-    "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "batch_size", "prompts_per_step",
+    "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
     "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
-    "teacher_lists",
+    "teacher_lists", "align_articles",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
-    "weight_decay", "cold_start_steps", "showcase_users", "validate_every",
+    "weight_decay", "cold_start_steps", "showcase_users", "validate_every", "uniform_steps", "signal_words",
 }
 SHARE = {"max_refused_share", "clip_low"}
 # fmt: on
@@ -72,6 +72,11 @@ def _problems(config: Config) -> Iterator[str]:
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
             yield f"`{name}.num_heads` is {model.num_heads}, expected a multiple of its {model.num_kv_heads} key heads"
+        if model.num_kv_heads * model.head_dim > model.hidden_size:
+            yield (
+                f"`{name}.num_kv_heads` times `head_dim` is {model.num_kv_heads * model.head_dim}, expected at most "
+                f"`hidden_size`, {model.hidden_size}: the warm start's attention begins on orthogonal directions"
+            )
         if model.head_dim % 2:
             yield f"`{name}.head_dim` is {model.head_dim}, expected an even number: rotary embeddings turn pairs"
     if config.grpo.group_size < 2:

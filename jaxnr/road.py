@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.checkpoint import Checkpoints
-from jaxnr.config import Config, ModelConfig, SftConfig
+from jaxnr.config import Config, ModelConfig, RewardConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
@@ -49,17 +49,10 @@ from jaxnr.training.steps import (
 )
 from jaxnr.training.targets import Paraphrases, Target, paraphrases, place_targets, warm_start_batches
 
+UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, structure=1.0)
+"""The paper's weights."""
+
 STAGES = ("data", "sft", "grpo", "distill", "evaluate")
-
-MODELS = {
-    "prompt_only": ("teacher", "warm_start_teacher"),
-    "teacher": ("teacher", "grpo"),
-    "student_on_policy": ("student", "distill"),
-    "student_supervised": ("student", "supervised"),
-    "student_untrained": ("student", "warm_start_student"),
-}
-"""Each model of the results: which shape it has, and the training stage whose checkpoint it is."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Road:
@@ -105,6 +98,16 @@ class Road:
         texts = [signal.text for example in train for signal in example.signals]
         rewards = self.rewards
         return paraphrases(texts, titles, rewards.articles_IE[earlier_I], rewards.embedder, self.signal_terms)
+
+    def has_trained(self, stage: str) -> bool:
+        """Whether a training stage has left a checkpoint."""
+        folder = self.out / "checkpoints" / stage
+        return folder.is_dir() and any(folder.iterdir())
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage before this one took in the process that ended it."""
+        markers = {stage: self.out / "done" / f"{stage}.json" for stage in STAGES}
+        return {stage: json.loads(path.read_text())["seconds"] for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
         """The parameters that a training stage ended with."""
@@ -189,10 +192,18 @@ def warm_start(road: Road) -> None:
 
 
 def train_teacher(road: Road) -> None:
-    """Dr.GRPO from the warm start: sample, reward, step."""
+    """Dr.GRPO with the configured reward weights and, for the comparison, with the paper's uniform ones."""
+    config = road.config.grpo
+    reinforce(road, "grpo", road.rewards, config.steps)
+    if config.uniform_steps:
+        reinforce(road, "grpo_uniform", road.rewards.with_weights(UNIFORM), config.uniform_steps)
+
+
+def reinforce(road: Road, stage: str, rewards: RewardModel, steps: int) -> None:
+    """Dr.GRPO from the teacher's warm start: sample, reward, step."""
     config = road.config.grpo
     policy = road.policy("teacher")
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, steps)
     state = create_state(road.trained_params(policy, "warm_start_teacher"), optimizer, road.mesh)
     update = make_grpo_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config)
     settings = SamplingSettings(temperature=config.temperature)
@@ -207,7 +218,7 @@ def train_teacher(road: Road) -> None:
             step=index,
             settings=settings,
         )
-        scored = road.rewards(examples, rollout.lists)
+        scored = rewards(examples, rollout.lists)
         batch = ScoredBatch(
             rollout.batch.prompt_BS,
             rollout.batch.prompt_mask_BS,
@@ -220,10 +231,10 @@ def train_teacher(road: Road) -> None:
         return state, metrics | summarise(scored)
 
     road.train(
-        "grpo",
+        stage,
         state,
         step,
-        steps=config.steps,
+        steps=steps,
         prompts=config.prompts_per_step,
         validate=lambda params: recall_at_10(road, policy, params),
         validate_every=config.validate_every,

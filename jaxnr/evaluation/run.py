@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from jaxnr.data.examples import Example
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
 from jaxnr.evaluation.merging import MERGES, to_item_ids
 from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_samples
-from jaxnr.evaluation.report import write_report
+from jaxnr.evaluation.report import console_table, write_report
 from jaxnr.evaluation.significance import compare, mean_interval
 from jaxnr.files import write_text
 from jaxnr.progress import progress
@@ -39,6 +40,7 @@ DEPTH = 10
 MODELS = {
     "prompt_only": ("teacher", "warm_start_teacher"),
     "teacher": ("teacher", "grpo"),
+    "teacher_uniform": ("teacher", "grpo_uniform"),
     "student_on_policy": ("student", "distill"),
     "student_supervised": ("student", "supervised"),
     "student_untrained": ("student", "warm_start_student"),
@@ -91,36 +93,54 @@ def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
 
 
 def evaluate(road: Road) -> None:
-    """Measures every method on the test users; writes ``results.json`` and ``report.html``."""
-    config = road.config
+    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table."""
+    started = time.monotonic()
+    config = road.config.evaluation
     examples = list(road.examples["test"])
     relevant = [example.relevant for example in examples]
     per_user = {name: evaluate_rankings(ranking, relevant) for name, ranking in plain_rankings(road, examples).items()}
-    sampled, throughput, best = {}, {}, {}
-    with progress("evaluate", len(MODELS)) as bar:
-        for name, (shape, stage) in MODELS.items():
+    sampled, throughput, best, merges = {}, {}, {}, {}
+    models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
+    with progress("evaluate", len(models)) as bar:
+        for name, (shape, stage) in models.items():
             policy = road.policy(shape)
             params = road.trained_params(policy, stage)
-            samples = max(config.evaluation.best_of_n) if name == "teacher" else config.evaluation.samples
+            samples = max(config.best_of_n) if name == "teacher" else config.samples
             sampled[name] = sample_lists(road, policy, params, examples, samples)
             values_US = evaluate_samples(sampled[name].rankings_US, relevant)
             per_user[name] = {metric: values.mean(axis=1) for metric, values in values_US.items()}
             if name == "teacher":
+                total_US = sampled[name].rewards["total"]
                 best = {
-                    n: {
-                        metric: best_of_n(sampled[name].rewards["total"], values, n)
-                        for metric, values in values_US.items()
-                    }
-                    for n in config.evaluation.best_of_n
+                    n: {metric: best_of_n(total_US, values, n) for metric, values in values_US.items()}
+                    for n in config.best_of_n
                 }
+                merges = validation_recall_of_merges(road, policy, params)
             if name in ("teacher", "student_on_policy"):
                 throughput[f"{shape}_users_per_s"] = users_per_second(road, policy, params, examples)
             bar.advance({"recall@10": per_user[name]["recall@10"].mean()})
     results = assemble(road, per_user, best, sampled, throughput)
-    write_text(road.out / "results.json", json.dumps(results, indent=2))
+    results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
+    results["seconds"] = {**road.seconds(), "evaluate": round(time.monotonic() - started, 3)}
+    results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
+    write_text(road.out / "results.json", json.dumps(results, indent=2))
     write_report(road.out / "report.html", results, read_metrics(road.out / "metrics.jsonl"), showcase)
+    Console().print(console_table(results))
+
+
+def validation_recall_of_merges(road: Road, policy: Policy, params: dict) -> dict[str, float]:
+    """Recall@10 on the validation users under each way of merging, the basis of ``retrieval.merge``."""
+    examples = list(road.examples["valid"])
+    relevant = [example.relevant for example in examples]
+    recall = {}
+    for merge in MERGES:
+        retrieval = dataclasses.replace(road.config.retrieval, merge=merge)
+        merged = dataclasses.replace(road, config=dataclasses.replace(road.config, retrieval=retrieval))
+        rankings_US = sample_lists(merged, policy, params, examples, samples=1).rankings_US
+        recall[merge] = float(evaluate_samples(rankings_US, relevant)["recall@10"].mean())
+    return recall
 
 
 def plain_rankings(road: Road, examples: list[Example]) -> dict[str, list[list[str]]]:
@@ -177,7 +197,6 @@ def assemble(
     pairs = [("teacher", other) for other in others] + list(itertools.pairwise(students))
     return {
         "seed": road.config.seed,
-        "seconds": {},
         "users": report["users"],
         "offline": {name: intervals(values) for name, values in per_user.items()},
         "comparisons": compare(per_user, pairs, TESTED_METRICS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -104,6 +105,14 @@ class RewardModel:
         )
         assert total_BG.shape == found.text_BGQ.shape[:2]
         return Scored({name: np.asarray(reward_BG) for name, reward_BG in rewards.items()}, np.asarray(total_BG), found)
+
+    def with_weights(self, weights: RewardConfig) -> RewardModel:
+        """The same rewards under the weights of ``weights``; its other settings are ignored."""
+        changed = {name: getattr(weights, name) for name in REWARDS}
+        model = copy.copy(self)
+        reward = dataclasses.replace(self.config.reward, **changed)
+        model.config = dataclasses.replace(self.config, reward=reward)
+        return model
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
         """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""
