@@ -1,0 +1,153 @@
+"""The data stage: what is fitted comes from before the validation window alone, and it can be loaded again."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jaxnr.data.prepare
+from jaxnr.config import Config, DataConfig, MeshConfig, PromptConfig, RetrievalConfig
+from jaxnr.data.dataset import load
+from jaxnr.data.examples import split_times
+from jaxnr.data.prepare import article_texts, embed_unique, known_texts, open_rewards, prepare_data
+from jaxnr.data.schema import Tables
+from jaxnr.data.synthetic.world import WorldParameters, generate_world
+from jaxnr.mesh import make_mesh
+
+CONFIG = Config(
+    data=DataConfig(train_prompts_per_user=2),
+    prompt=PromptConfig(vocabulary_size=600),
+    retrieval=RetrievalConfig(embedding_size=24),
+)
+WORLD = WorldParameters(n_users=40, n_articles=500, days=12)
+
+
+def with_other_texts(tables: Tables, changes) -> Tables:
+    """The tables with other words in the events and articles whose time ``changes`` says yes to."""
+
+    def replaced(table, time, columns):
+        change = [changes(seconds) for seconds in table[time].cast("int64").to_pylist()]
+        for name in columns:
+            texts = zip(change, table[name].to_pylist(), strict=True)
+            other = [f"entirely different words {row % 97}" if hit else text for row, (hit, text) in enumerate(texts)]
+            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(other))
+        return table
+
+    return dataclasses.replace(
+        tables,
+        events=replaced(tables.events, "timestamp", ["text"]),
+        articles=replaced(tables.articles, "published_at", ["title", "abstract"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    return generate_world(0, WORLD)
+
+
+@pytest.fixture(scope="module")
+def prepare(world, tmp_path_factory):
+    """Runs the data stage on the world with other texts where ``changes`` says so; returns the folder."""
+
+    def run(changes=lambda seconds: False):
+        folder = tmp_path_factory.mktemp("prepared")
+        changed = dataclasses.replace(world, tables=with_other_texts(world.tables, changes))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jaxnr.data.prepare, "generate_world", lambda seed: changed)
+            prepare_data(CONFIG, folder)
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def prepared(prepare):
+    return prepare()
+
+
+def fitted(folder):
+    """Everything that was learned from text; not the embedded catalogue, which is data."""
+    files = [*(folder / "tokenizer").iterdir(), *(folder / "retrieval").iterdir()]
+    return {path.name: path.read_bytes() for path in files if path.name != "articles.safetensors"}
+
+
+def test_nothing_fitted_sees_a_text_dated_after_the_validation_window_opens(world, prepare, prepared):
+    t1, _ = split_times(world.tables, CONFIG.data)
+    assert len(fitted(prepared)) >= 5
+    assert fitted(prepare(lambda seconds: seconds >= t1)) == fitted(prepared)
+    earlier = fitted(prepare(lambda seconds: t1 - 86_400 <= seconds < t1))
+    assert {name for name, content in fitted(prepared).items() if earlier[name] != content} >= {
+        "tokenizer.json", "tfidf_svd.safetensors", "terms.json", "calibration.json",
+    }  # fmt: skip
+
+
+def test_known_texts_are_of_the_past_and_each_once(world, prepared):
+    t1, _ = split_times(world.tables, CONFIG.data)
+    train = list(load(prepared / "data" / "examples", "train"))
+    texts = known_texts(world.tables, train, t1)
+    published = world.tables.articles["published_at"].cast("int64").to_pylist()
+    articles = article_texts(world.tables)
+    later = {text for text, time in zip(articles, published, strict=True) if time >= t1}
+    earlier = {text for text, time in zip(articles, published, strict=True) if time < t1}
+    assert len(set(texts)) == len(texts)
+    assert earlier <= set(texts)
+    assert not (later - earlier) & set(texts)
+
+
+def test_the_report_counts_users_and_names_the_windows(world, prepared):
+    report = json.loads((prepared / "data" / "report.json").read_text())
+    t1, t2 = split_times(world.tables, CONFIG.data)
+    assert report["validation_begins"] < report["test_begins"]
+    assert t2 - t1 == CONFIG.data.valid_days * 86_400
+    for split in ("train", "valid", "test"):
+        examples = list(load(prepared / "data" / "examples", split))
+        assert report["users"][split] == len({example.user_id for example in examples}) > 0
+    assert report["users"]["test"] + report["users"]["skipped"] == WORLD.n_users
+    assert report["events"] == world.tables.events.num_rows
+
+
+def test_the_planted_truth_lies_apart(prepared):
+    assert {path.name for path in (prepared / "truth").iterdir()} == {
+        f"truth_{name}.parquet" for name in ("users", "events", "articles")
+    }
+    assert not [path for path in (prepared / "data").rglob("*") if "truth" in path.name]
+
+
+def test_rewards_open_on_what_was_written(world, prepared):
+    rewards = open_rewards(CONFIG, prepared, world.tables, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert rewards.item_ids_I.tolist() == world.tables.articles["item_id"].to_pylist()
+    texts = article_texts(world.tables)
+    np.testing.assert_allclose(rewards.embedder.embed_documents(texts[:50]), rewards.articles_IE[:50], atol=1e-6)
+
+
+def test_each_different_text_is_embedded_once():
+    class Counting:
+        asked = 0
+
+        def embed_queries(self, texts):
+            self.asked += len(texts)
+            return np.array([[len(text), 1] for text in texts], np.float32)
+
+    embedder = Counting()
+    vectors = embed_unique(embedder, ["a", "bb", "a", "a"])  # pyright: ignore[reportArgumentType]
+    assert embedder.asked == 2
+    assert vectors.tolist() == [[1, 1], [2, 1], [1, 1], [1, 1]]
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="dataclasses.asdict breaks the reader report's counters")
+def test_the_report_holds_what_a_reader_counted(world, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    refused = world.tables.events.slice(0, 1).set_column(2, "domain", pa.array(["radio"]))
+    events = pa.concat_tables([world.tables.events, refused.cast(world.tables.events.schema)])
+    for name, table in (("events", events), ("articles", world.tables.articles), ("requests", world.tables.requests)):
+        pq.write_table(table, folder / f"{name}.parquet")
+    data = dataclasses.replace(CONFIG.data, format="events", path=str(folder))
+    prepare_data(dataclasses.replace(CONFIG, data=data), tmp_path / "out")
+    reader = json.loads((tmp_path / "out" / "data" / "report.json").read_text())["reader"]
+    assert reader["read"] == reader["kept"] + 1
+    assert reader["refused"]["reasons"] == {"unknown domain": 1}
