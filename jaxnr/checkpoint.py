@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -58,13 +58,11 @@ class Checkpoints:
         self._check_shapes(step, state.params)
         optimizer = _abstract({"step": state.step, "opt_state": state.opt_state})
         with _named_errors(self.folder):
-            restored = self._manager.restore(
+            restored = self._restore(
                 step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(_abstract(state.params)),
-                    optimizer=ocp.args.StandardRestore(optimizer),
-                    data=ocp.args.JsonRestore(),
-                ),
+                params=ocp.args.StandardRestore(_abstract(state.params)),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                data=ocp.args.JsonRestore(),
             )
         return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["opt_state"]), restored.data
 
@@ -75,15 +73,16 @@ class Checkpoints:
             raise InputError(f"{self.folder}: holds no checkpoint; the stage that writes it has to run first.")
         self._check_shapes(step, params)
         with _named_errors(self.folder):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(params)))
-            )
-        return restored.params
+            return self._restore(step, params=ocp.args.StandardRestore(_abstract(params))).params
+
+    def _restore(self, step: int | None, **items: ocp.args.CheckpointArgs) -> Any:
+        """The named items of a checkpoint, as attributes."""
+        return cast(Any, self._manager.restore(step, args=ocp.args.Composite(**items)))
 
     def _check_shapes(self, step: int | None, params: dict) -> None:
         """Raises InputError naming the first parameter that is missing, surplus or of another shape."""
         with _named_errors(self.folder):
-            saved = _shapes(self._manager.item_metadata(step).params)
+            saved = _shapes(cast(Any, self._manager).item_metadata(step).params)
         wanted = _shapes(params)
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):

@@ -154,7 +154,7 @@ def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: i
 
     Raises InputError where the log does not have the user, or no clean signal of that user.
     """
-    events = tables.events.filter(pc.equal(tables.events.column("user_id"), user_id))
+    events = tables.events.filter(pc.field("user_id") == user_id)
     if events.num_rows == 0:
         raise InputError(f"There is no event of user {user_id!r} in the log.")
     users, _ = _histories(dataclasses.replace(tables, events=events))

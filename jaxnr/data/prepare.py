@@ -105,7 +105,7 @@ def embed_unique(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
 
 
 def _published_before(tables: Tables, t1: int) -> Tables:
-    earlier = tables.articles.filter(pc.less(tables.articles["published_at"].cast("int64"), t1))
+    earlier = tables.articles.filter(pc.field("published_at").cast("int64") < t1)
     return dataclasses.replace(tables, articles=earlier)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -60,13 +60,16 @@ class Cache(NamedTuple):
     own_value_LBGTKH: jax.Array
 
 
+_ABSENT = cast(Any, None)  # what a layer does not read, because its stream or the cache is not there
+
+
 class Context(NamedTuple):
     """Positions and masks, the same in every layer; None where a stream is absent."""
 
-    prompt_position_BS: jax.Array | None = None
-    prompt_mask_BS: jax.Array | None = None
-    own_position_BGT: jax.Array | None = None
-    past_mask_T: jax.Array | None = None
+    prompt_position_BS: jax.Array = _ABSENT
+    prompt_mask_BS: jax.Array = _ABSENT
+    own_position_BGT: jax.Array = _ABSENT
+    past_mask_T: jax.Array = _ABSENT
 
 
 def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
@@ -87,7 +90,7 @@ def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     weights = [jnp.exp(score - highest) for score in scores]
     total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
     mixed = sum(_mix(weight.astype(query_BGTNH.dtype), source) for weight, source in zip(weights, sources, strict=True))
-    out_BKGTRH = (mixed / total).astype(query_BGTNH.dtype)
+    out_BKGTRH = jnp.asarray(mixed / total, query_BGTNH.dtype)
     return out_BKGTRH.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, T, N, H)
 
 
@@ -175,7 +178,7 @@ class Block(nn.Module):
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(nn.silu(self.gate_proj(h)) * self.up_proj(h))
 
-    def __call__(self, streams, cache: Cache | None, context: Context):
+    def __call__(self, streams, cache: Cache | None, context: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """(prompt_BSD, own_BGTD), either None -> the same, and the keys and values that this layer computed."""
         prompt, own = streams
         computed: dict[str, tuple[jax.Array, jax.Array]] = {}
@@ -221,7 +224,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one an argument
             out_axes=0,
             length=c.num_hidden_layers,
         )(c, self.dtype)
@@ -282,7 +285,7 @@ def head_VD(params: dict) -> jax.Array:
 
 def init_params(model: Decoder, key: jax.Array) -> dict:
     """Fresh parameters, as a plain nested dict."""
-    return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+    return cast(dict, model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"])
 
 
 def parameter_count(params: dict) -> int:

@@ -8,6 +8,7 @@ compiles nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -75,7 +76,8 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
         head = head_VD(params)
         keys_BG = completion_keys(seed, step, prompt_ids_B, sample_ids_G)
         B, G = keys_BG.shape
-        hidden_BD, prompt_key, prompt_value = model.apply(variables, prompt_BS, prompt_mask_BS, method="prefill")
+        prefilled = model.apply(variables, prompt_BS, prompt_mask_BS, method="prefill")
+        hidden_BD, prompt_key, prompt_value = cast(Any, prefilled)
         L, _, _, K, H = prompt_key.shape
         own_shape = (L, B, G, max_new_tokens, K, H)
 
@@ -87,7 +89,8 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
             token = jnp.where(live, token.reshape(B, G), pad_id)
             logprob = jnp.where(live, logprob.reshape(B, G), 0.0)
             cache = Cache(prompt_key, prompt_value, state.own_key_LBGTKH, state.own_value_LBGTKH)
-            hidden, key, value = model.apply(variables, token, state.t, cache, prompt_mask_BS, method="decode")
+            decoded = model.apply(variables, token, state.t, cache, prompt_mask_BS, method="decode")
+            hidden, key, value = cast(Any, decoded)
             return _State(
                 t=state.t + 1,
                 hidden_BGD=hidden,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import flax.struct
 import jax
@@ -83,9 +84,17 @@ def _updated(
     state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradients: dict, metrics: dict
 ) -> tuple[TrainState, dict]:
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = cast(dict, optax.apply_updates(state.params, updates))
     metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), **metrics}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _hidden_states(model: Decoder, params: dict, batch: Batch) -> jax.Array:
+    """Hidden states [B, G, T, D] that predict each completion token; the prompt runs once for its completions."""
+    hidden = model.apply(
+        {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
+    )
+    return cast(jax.Array, hidden)
 
 
 def make_sft_step(
@@ -98,9 +107,7 @@ def make_sft_step(
     """Supervised fine-tuning: warm start, and supervised distillation."""
 
     def loss_fn(params: dict, batch: Batch) -> jax.Array:
-        hidden = model.apply(
-            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
-        )
+        hidden = _hidden_states(model, params, batch)
         logprobs = token_logprobs(hidden, head_VD(params), batch.completion_BGT, vocabulary_size=vocabulary_size)
         return sft_loss(logprobs, batch.mask_BGT)
 
@@ -122,9 +129,7 @@ def make_grpo_step(
     """Dr.GRPO on one sampled batch. ``logprob_gap`` is max |old − new| before the update: 0 but for rounding."""
 
     def loss_fn(params: dict, batch: ScoredBatch) -> tuple[jax.Array, dict]:
-        hidden = model.apply(
-            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
-        )
+        hidden = _hidden_states(model, params, batch)
         logprobs = token_logprobs(
             hidden,
             head_VD(params),
@@ -169,16 +174,11 @@ def make_distill_step(
 ) -> Callable:
     """``step(state, teacher_params, batch)``: exact reverse KL on the student's samples, no gradient through them."""
 
-    def hidden_states(model: Decoder, params: dict, batch: Batch) -> jax.Array:
-        return model.apply(
-            {"params": params}, batch.prompt_BS, batch.prompt_mask_BS, batch.completion_BGT, method="shared"
-        )
-
     def loss_fn(params: dict, teacher_params: dict, batch: Batch) -> jax.Array:
         kl_BGT = reverse_kl(
-            hidden_states(student, params, batch),
+            _hidden_states(student, params, batch),
             head_VD(params),
-            jax.lax.stop_gradient(hidden_states(teacher, teacher_params, batch)),
+            jax.lax.stop_gradient(_hidden_states(teacher, teacher_params, batch)),
             head_VD(teacher_params),
             vocabulary_size=vocabulary_size,
             temperature=temperature,
