@@ -69,7 +69,6 @@ def test_results_have_the_promised_keys(results):
     assert results["environment"].keys() >= {"jax", "device_kind", "device_count"}
 
 
-@pytest.mark.xfail(strict=True, reason="`seconds` is still written empty")
 def test_results_say_how_long_it_took(results):
     stages = {"data", "sft", "grpo", "distill"}
     assert results["seconds"].keys() >= stages | {"total"}

@@ -48,7 +48,7 @@ CONFIG = Config(
     teacher=_MODEL,
     student=dataclasses.replace(_MODEL, hidden_size=16, intermediate_size=16, head_dim=8),
     warm_start=SftConfig(steps=30, prompts_per_step=4, group_size=2, optimizer=_FAST),
-    grpo=GrpoConfig(steps=4, prompts_per_step=8, group_size=2, validate_every=2, temperature=0.4),
+    grpo=GrpoConfig(steps=4, prompts_per_step=8, group_size=2, validate_every=2, uniform_steps=1, temperature=0.4),
     teacher_lists=2,
     supervised=SftConfig(steps=2, prompts_per_step=2, group_size=2),
     distill=DistillConfig(steps=2, prompts_per_step=8, group_size=2, cold_start_steps=2),
