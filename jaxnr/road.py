@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +54,7 @@ UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, 
 """The paper's weights."""
 
 STAGES = ("data", "sft", "grpo", "distill", "evaluate")
+
 
 @dataclasses.dataclass(frozen=True)
 class Road:
@@ -94,7 +96,7 @@ class Road:
     def paraphrases(self, train: Sequence[Example], t1: int) -> Paraphrases:
         """How the training signals can be said in the words of articles published before ``t1``."""
         earlier_I = np.asarray(self.tables.articles["published_at"].cast("int64")) < t1
-        titles = np.asarray(self.tables.articles["title"].to_pylist(), object)[earlier_I]
+        titles = self.tables.articles["title"].filter(pa.array(earlier_I)).to_pylist()
         texts = [signal.text for example in train for signal in example.signals]
         rewards = self.rewards
         return paraphrases(texts, titles, rewards.articles_IE[earlier_I], rewards.embedder, self.signal_terms)

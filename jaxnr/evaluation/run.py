@@ -1,4 +1,4 @@
-"""The evaluation stage: every method on the test users, by the protocol of docs/evaluation.md, into ``results.json``."""
+"""The evaluation stage: every method on the test users, by the protocol of docs/evaluation.md."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def token_vectors(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size
     svd = TruncatedSVD(rank, random_state=seed).fit(TfidfTransformer(sublinear_tf=True).fit_transform(counts))
     vectors_VD = rng.normal(0, 1e-3, (len(tokenizer), size))  # tells apart the tokens that always occur together
     # Damped by the square root, so that the few strongest directions do not drown the rest.
-    vectors_VD[:, :rank] += svd.components_.T * np.sqrt(svd.singular_values_)
+    vectors_VD[:, :rank] += np.asarray(svd.components_).T * np.sqrt(svd.singular_values_)
     unseen = np.asarray(counts.sum(axis=0)).reshape(-1) == 0
     vectors_VD[unseen] = rng.normal(size=(int(unseen.sum()), size))
     # Rotated at random: no head is to get all of the strongest directions, and another none.

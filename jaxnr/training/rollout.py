@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -35,6 +35,11 @@ class Policy:
     """Of signals and articles: which words of a signal are rare, where a prompt shows only these."""
 
     @property
+    def pad_id(self) -> int:
+        """Fills prompts on the left and completions on the right."""
+        return cast(int, self.tokenizer.pad_token_id)
+
+    @property
     def vocabulary_size(self) -> int:
         """Number of real tokens; embedding rows past it are padding."""
         return len(self.tokenizer)
@@ -61,7 +66,7 @@ def make_policy(
         model,
         max_new_tokens=prompt.max_new_tokens,
         vocabulary_size=len(tokenizer),
-        pad_id=tokenizer.pad_token_id,
+        pad_id=cast(int, tokenizer.pad_token_id),
     )
     return Policy(model, tokenizer, prompt, mesh, sampler, signal_terms)
 
@@ -69,7 +74,7 @@ def make_policy(
 def place_prompts(policy: Policy, examples: Sequence[Example]) -> tuple[jax.Array, jax.Array]:
     """The examples' prompts, left-padded to a bucket and spread over the mesh: tokens and mask [B, S]."""
     ids = [encode_prompt(policy.tokenizer, _shown(policy, example), policy.prompt).ids for example in examples]
-    prompt_BS, mask_BS = pad_prompts(ids, policy.prompt.prompt_buckets, policy.tokenizer.pad_token_id)
+    prompt_BS, mask_BS = pad_prompts(ids, policy.prompt.prompt_buckets, policy.pad_id)
     return jax.device_put((prompt_BS, mask_BS), batch_sharding(policy.mesh))
 
 
@@ -78,9 +83,7 @@ def _shown(policy: Policy, example: Example) -> Example:
     count = policy.prompt.signal_words
     if not count:
         return example
-    shown = (
-        signal._replace(text=telling_words(signal.text, policy.signal_terms, count)) for signal in example.signals
-    )
+    shown = (signal._replace(text=telling_words(signal.text, policy.signal_terms, count)) for signal in example.signals)
     return example._replace(signals=tuple(shown))
 
 
@@ -108,7 +111,7 @@ def roll_out(
         np.int32(seed),
         np.int32(step),
         settings,
-        np.array([policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id], np.int32),
+        np.array([policy.tokenizer.eos_token_id, policy.pad_id], np.int32),
     )
     batch = Batch(prompt_BS, mask_BS, completions.tokens_BGT, completions.mask_BGT)
     return Rollout(batch, completions, read_lists(policy, completions))

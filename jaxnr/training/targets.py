@@ -3,7 +3,7 @@
 A model that begins from nothing is to stand where a pretrained, prompted language model would: it knows the format,
 which texts go together and what the news calls things, and nothing of the rewards. It learns that from the training
 split alone, without labels. A list is made of random signals of the user, noise and all, each said as a search query
-either in its own words or in those of an article like it. In some prompts the signals that are asked for are hidden.
+either in its own words or in those of an article like it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,12 @@ from jaxnr.rewards.specificity import TermStatistics, telling_words
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
-HIDING_PROMPTS = 0.0
-"""Share of the prompts whose lists are made of signals that the prompt hides."""
-
-HIDDEN_SHARE = 0.3
-"""Of the signals of such a prompt, on average."""
-
-
 PARAPHRASED = 0.5
 """Share of the queries that are made of an article's words."""
 
 LIKE_ARTICLES = 3
 """Articles that may stand for a signal: about as many as there are on one subject at a time."""
+
 
 class Target(NamedTuple):
     """A prompt and G lists to imitate; they share the prompt, as completions do."""
@@ -53,7 +47,7 @@ class Paraphrases(NamedTuple):
 
 
 def paraphrases(
-    texts: Sequence[str], titles: Sequence[str], articles_IE: np.ndarray, embedder: Embedder, statistics: TermStatistics
+    texts: list[str], titles: list[str], articles_IE: np.ndarray, embedder: Embedder, statistics: TermStatistics
 ) -> Paraphrases:
     """The articles nearest to each text, among ``titles`` with vectors ``articles_IE``."""
     texts = list(dict.fromkeys(texts))
@@ -61,28 +55,21 @@ def paraphrases(
     for start in range(0, len(texts), 1024):  # scores of 1024 texts at a time
         chunk = texts[start : start + 1024]
         rows_NK = np.argsort(-(embedder.embed_queries(chunk) @ articles_IE.T), axis=1, kind="stable")[:, :LIKE_ARTICLES]
-        nearest |= {text: tuple(titles[row] for row in rows) for text, rows in zip(chunk, rows_NK, strict=True)}
+        for text, rows_K in zip(chunk, rows_NK, strict=True):
+            nearest[text] = tuple(titles[row] for row in rows_K)
     return Paraphrases(nearest, statistics)
 
 
 def warm_start_target(
     example: Example, config: PromptConfig, group_size: int, known: Paraphrases, rng: np.random.Generator
 ) -> Target:
-    """Lists of random signals of the user; for some of the prompts, of signals that the prompt then does not show."""
-    signals = example.signals
-    hidden = rng.random(len(signals)) < HIDDEN_SHARE
-    if rng.random() < HIDING_PROMPTS and hidden.sum() >= config.min_queries and (~hidden).any():
-        shown = tuple(signal for signal, hide in zip(signals, hidden, strict=True) if not hide)
-        pool = [signal.text for signal, hide in zip(signals, hidden, strict=True) if hide]
-    else:
-        shown, pool = signals, [signal.text for signal in signals]
-    return Target(
-        example._replace(signals=shown), tuple(_random_list(pool, config, known, rng) for _ in range(group_size))
-    )
+    """Lists of random signals of the user."""
+    pool = [signal.text for signal in example.signals]
+    return Target(example, tuple(_random_list(pool, config, known, rng) for _ in range(group_size)))
 
 
 def _random_list(
-    pool: Sequence[str], config: PromptConfig, known: Paraphrases, rng: np.random.Generator
+    pool: list[str], config: PromptConfig, known: Paraphrases, rng: np.random.Generator
 ) -> tuple[str, ...]:
     wanted = int(rng.integers(config.min_queries, config.max_queries + 1))
     texts = (pool[row] for row in rng.permutation(len(pool))[: 2 * wanted])  # some to spare for repeated queries
@@ -108,7 +95,7 @@ def place_targets(policy: Policy, targets: Sequence[Target]) -> Batch:
     """Prompts and their lists as one batch; a list over the generation budget loses its last queries."""
     T = policy.prompt.max_new_tokens
     shape_BGT = (len(targets), len(targets[0].lists), T)
-    tokens_BGT = np.full(shape_BGT, policy.tokenizer.pad_token_id, np.int32)
+    tokens_BGT = np.full(shape_BGT, policy.pad_id, np.int32)
     mask_BGT = np.zeros(shape_BGT, bool)
     for row, target in enumerate(targets):
         for column, queries in enumerate(target.lists):
@@ -120,10 +107,8 @@ def place_targets(policy: Policy, targets: Sequence[Target]) -> Batch:
 
 
 def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[int]:
-    for count in range(len(queries), 0, -1):
-        ids = encode_completion(policy.tokenizer, format_list(queries[:count]))
-        if len(ids) <= budget:
-            return ids
+    while len(ids := encode_completion(policy.tokenizer, format_list(queries))) > budget and len(queries) > 1:
+        queries = queries[:-1]
     return ids[:budget]
 
 

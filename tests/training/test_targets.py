@@ -105,19 +105,6 @@ def test_paraphrases_are_the_nearest_articles():
     assert len(known.titles["x"]) == targets.LIKE_ARTICLES
 
 
-def test_hidden_signals_are_asked_for_and_not_shown(monkeypatch):
-    monkeypatch.setattr(targets, "HIDING_PROMPTS", 1.0)
-    hiding = 0
-    for seed in range(30):
-        target = warm_start_target(example_of(), CFG, 2, OWN_WORDS, np.random.default_rng(seed))
-        shown = [signal.text for signal in target.example.signals]
-        assert shown == [text for text in TEXTS if text in shown]  # in their order
-        if len(shown) < len(TEXTS):
-            hiding += 1
-            assert not set(shown) & {query for queries in target.lists for query in queries}
-    assert hiding > 10
-
-
 def read_back(policy, batch):
     tokens_BGT, mask_BGT = jax.device_get((batch.completion_BGT, batch.mask_BGT))
     return [
