@@ -178,7 +178,7 @@ def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool) -> N
     try:
         run_stages(config, out, stages, resume)
     except InputError:
-        if fresh and [path.name for path in out.iterdir()] == ["config.toml"]:
+        if fresh and not (out / "done" / "data.json").exists():
             shutil.rmtree(out)
         raise
 

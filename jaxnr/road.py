@@ -25,6 +25,7 @@ from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
 from jaxnr.data.prepare import known_texts, open_rewards, prepare_data
 from jaxnr.data.schema import Tables
+from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import write_json_lines, write_text
 from jaxnr.mesh import make_mesh, tree_shardings
@@ -104,7 +105,10 @@ class Road:
     def has_trained(self, stage: str) -> bool:
         """Whether a training stage has left a checkpoint."""
         folder = self.out / "checkpoints" / stage
-        return folder.is_dir() and any(folder.iterdir())
+        if not folder.is_dir():
+            return False
+        with Checkpoints(folder) as checkpoints:
+            return checkpoints.latest_step() is not None
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage before this one took in the process that ended it."""
@@ -253,6 +257,12 @@ def distill_student(road: Road) -> None:
     teacher_params = road.trained_params(teacher, "grpo")
     lists = teacher_lists(road, teacher, teacher_params)
     imitable = [example for example in road.examples["train"] if lists[example.example_id]]
+    needed = max(config.supervised.prompts_per_step, 1)
+    if len(imitable) < needed:
+        raise InputError(
+            f"The teacher wrote a well-formed list for {len(imitable)} of {len(lists)} training prompts; distillation "
+            f"needs {needed} (supervised.prompts_per_step). Train it longer: warm_start.steps, then grpo.steps."
+        )
 
     def imitate(examples: Sequence[Example], step: int) -> Batch:
         del step

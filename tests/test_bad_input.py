@@ -78,12 +78,7 @@ def a_log_without_test_users(folder):
         a_truncated_zip,
         a_tsv_without_a_column,
         a_csv_without_a_column,
-        pytest.param(
-            a_log_without_test_users,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the tables are saved before the splits are known to be filled"
-            ),
-        ),
+        a_log_without_test_users,
     ],
 )
 def test_bad_data_stop_the_command(tmp_path, monkeypatch, capsys, break_data):

@@ -53,7 +53,7 @@ def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
         world.truth.save(out / "truth")
         return world.tables, {}
     tables, report = read_tables(config.data)
-    return tables, dataclasses.asdict(report)
+    return tables, report.as_dict()
 
 
 def _prepare_retrieval(

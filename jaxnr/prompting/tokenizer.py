@@ -36,8 +36,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) ->
     """Trains a byte-level BPE and saves it in the Hugging Face layout; returns it as loaded from there.
 
     The same texts give the same tokenizer. A small corpus may give fewer tokens than asked for. Every string round
-    trips: bytes never seen in training are tokens of their own, and nothing is normalised. Raises InputError where the
-    vocabulary has no room for the 256 bytes and the special tokens.
+    trips but for its case and a blank after an opening quote: bytes never seen in training are tokens of their own.
+    Raises InputError where the vocabulary has no room for the 256 bytes and the special tokens.
     """
     specials = [AddedToken(name, special=True, normalized=False) for name in (PAD, START, END)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

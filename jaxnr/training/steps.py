@@ -85,7 +85,7 @@ def _updated(
 ) -> tuple[TrainState, dict]:
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = cast(dict, optax.apply_updates(state.params, updates))
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), **metrics}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **metrics}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

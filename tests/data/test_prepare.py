@@ -138,7 +138,6 @@ def test_each_different_text_is_embedded_once():
     assert vectors.tolist() == [[1, 1], [2, 1], [1, 1], [1, 1]]
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="dataclasses.asdict breaks the reader report's counters")
 def test_the_report_holds_what_a_reader_counted(world, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()

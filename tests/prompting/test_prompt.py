@@ -39,7 +39,7 @@ def test_whole_prompt(tokenizer):
     encoded = encode_prompt(tokenizer, example_of("storm florida", "rowing"), CFG)
     assert encoded.dropped == 0
     assert tokenizer.decode(encoded.ids) == (
-        "<|im_start|>user\nWrite news search queries for this reader.\n\n"
+        "<|im_start|>user\nwrite news search queries for this reader.\n\n"
         "search: storm florida\nsearch: rowing<|im_end|>\n"
         "<|im_start|>assistant\n"
     )

@@ -16,7 +16,7 @@ from jaxnr.rewards.rubric import Calibration
 from jaxnr.rewards.specificity import specificity
 
 B, G, Q, K, J, E, C = 2, 3, 4, 5, 3, 8, 3
-UNIFORM = RewardConfig()
+UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, structure=1.0)
 CALIBRATION = Calibration(0.1)
 
 

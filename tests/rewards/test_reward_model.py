@@ -76,7 +76,8 @@ def test_shapes_and_bounds(model):
         assert np.all((reward_BG >= 0) & (reward_BG <= 1)), name
         assert reward_BG[0, 2] == 0
     assert scored.rewards["structure"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    np.testing.assert_allclose(scored.total_BG, sum(scored.rewards.values()), atol=1e-6)
+    weighted = sum(getattr(CONFIG.reward, name) * reward_BG for name, reward_BG in scored.rewards.items())
+    np.testing.assert_allclose(scored.total_BG, weighted, atol=1e-6)
     assert scored.found.query_mask_BGQ.sum(-1).tolist() == [[2, 2, 0], [2, 2, 2]]
     assert scored.found.article_rows_BGQK.shape == scored.found.article_scores_BGQK.shape == (2, 3, 4, 3)
     assert np.all(scored.found.article_rows_BGQK[~scored.found.query_mask_BGQ] == -1)
@@ -149,7 +150,7 @@ def test_summary_leaves_judge_failures_out(model):
     scored = Scored(
         {"coverage": np.array([[0.2, 0.4, np.nan], [0.5, 0.5, 0.5], [np.nan] * 3], np.float32)},
         np.full((3, 3), np.nan, np.float32),
-        *([np.zeros(0)] * 3),
+        found=None,
     )
     summary = summarise(scored)
     assert summary["reward/coverage/mean"] == pytest.approx(0.42)

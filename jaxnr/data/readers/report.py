@@ -51,6 +51,14 @@ class Tally:
             text = ", ".join(reasons)
             self.examples.append(Example(file, line, f"{text}: {detail}" if detail else text))
 
+    def as_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return {
+            "rows": self.rows,
+            "reasons": dict(self.reasons),
+            "examples": [str(example) for example in self.examples],
+        }
+
     def __str__(self) -> str:
         if not self.rows:
             return "0"
@@ -78,6 +86,11 @@ class ReadReport:
         counter = RowCounter(self, str(file))
         yield counter
         counter.check()
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON."""
+        tallies = {name: getattr(self, name).as_dict() for name in ("repaired", "refused", "skipped")}
+        return {"read": self.read, "kept": self.kept, **tallies}
 
     def summary(self) -> str:
         """One paragraph: the counts with their reasons, then the first repaired and refused rows."""
