@@ -97,7 +97,7 @@ class RetrievalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Weights of the five rewards (the paper: all one) and the built-in judge's thresholds."""
+    """Weights of the five rewards (the paper: all one), and what the alignment and the coverage are measured on."""
 
     align: float = 1.0
     coverage: float = 2.0
