@@ -38,7 +38,7 @@ from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
-from jaxnr.training.rollout import Policy, make_policy, padded_chunks, roll_out
+from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out
 from jaxnr.training.steps import (
     Batch,
     ScoredBatch,
@@ -124,6 +124,13 @@ class Road:
         )
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
             return checkpoints.restore_params(params)
+
+    def roll_out(
+        self, policy: Policy, params: dict, examples: Sequence[Example], samples: int, temperature: float, step: int
+    ) -> Rollout:
+        """Sampled lists under this run's seed, unfiltered, as training needs them."""
+        settings = SamplingSettings(temperature=temperature)
+        return roll_out(policy, params, examples, samples=samples, seed=self.config.seed, step=step, settings=settings)
 
     def train(
         self,
@@ -212,18 +219,9 @@ def reinforce(road: Road, stage: str, rewards: RewardModel, steps: int) -> None:
     optimizer = make_optimizer(config.optimizer, steps)
     state = create_state(road.trained_params(policy, "warm_start_teacher"), optimizer, road.mesh)
     update = make_grpo_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config)
-    settings = SamplingSettings(temperature=config.temperature)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
-        rollout = roll_out(
-            policy,
-            state.params,
-            examples,
-            samples=config.group_size,
-            seed=road.config.seed,
-            step=index,
-            settings=settings,
-        )
+        rollout = road.roll_out(policy, state.params, examples, config.group_size, config.temperature, index)
         scored = rewards(examples, rollout.lists)
         batch = ScoredBatch(
             rollout.batch.prompt_BS,
@@ -291,18 +289,9 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
     update = make_distill_step(
         student.model, teacher.model, optimizer, state, road.mesh, student.vocabulary_size, config.temperature
     )
-    settings = SamplingSettings(temperature=config.temperature)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
-        rollout = roll_out(
-            student,
-            state.params,
-            examples,
-            samples=config.group_size,
-            seed=road.config.seed,
-            step=index,
-            settings=settings,
-        )
+        rollout = road.roll_out(student, state.params, examples, config.group_size, config.temperature, index)
         return update(state, teacher_params, rollout.batch)
 
     road.train("distill", state, step, steps=config.steps, prompts=config.prompts_per_step)
@@ -317,14 +306,8 @@ def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[t
         rows = []
         with progress("teacher_lists", len(examples)) as bar:
             for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
-                rollout = roll_out(
-                    teacher,
-                    params,
-                    chunk.padded,
-                    samples=config.teacher_lists,
-                    seed=config.seed,
-                    step=0,
-                    settings=SamplingSettings(temperature=config.grpo.temperature),
+                rollout = road.roll_out(
+                    teacher, params, chunk.padded, config.teacher_lists, config.grpo.temperature, step=0
                 )
                 for example, lists in zip(chunk.examples, rollout.lists, strict=False):
                     queries = [list(parsed.queries) for parsed in lists if parsed.problem is None]

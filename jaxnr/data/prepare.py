@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxnr.config import Config
+from jaxnr.config import Config, PromptConfig
 from jaxnr.data.dataset import prepare as write_examples
 from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
 from jaxnr.data.readers import read_tables
@@ -22,13 +22,13 @@ from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.files import write_text
 from jaxnr.prompting.output import format_list
-from jaxnr.prompting.prompt import render_signals
+from jaxnr.prompting.prompt import as_shown, render_signals
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.retrieval.embedder import Embedder, TfidfSvdEmbedder, load_embedder
 from jaxnr.retrieval.index import NEVER, ArticleIndex
 from jaxnr.rewards.composite import RewardModel
-from jaxnr.rewards.rubric import Calibration, calibrate
-from jaxnr.rewards.specificity import TermStatistics
+from jaxnr.rewards.rubric import FACET_WORDS, Calibration, calibrate
+from jaxnr.rewards.specificity import TermStatistics, telling_words
 
 
 def prepare_data(config: Config, out: Path) -> None:
@@ -42,8 +42,11 @@ def prepare_data(config: Config, out: Path) -> None:
     write_examples(splits, out / "data" / "examples")
     t1, t2 = split_times(tables, config.data)
     texts = known_texts(tables, splits.train, t1)
-    train_tokenizer(tokenizer_corpus(splits.train, texts, config), config.prompt.vocabulary_size, out / "tokenizer")
-    _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, t1)
+    terms = TermStatistics.fit(texts)
+    terms.save(out / "retrieval" / "signal_terms.json")
+    corpus = tokenizer_corpus(splits.train, texts, terms, config.prompt)
+    train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
+    _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, terms, t1)
     write_text(out / "data" / "report.json", json.dumps(_report(tables, splits, reader, t1, t2), indent=2))
 
 
@@ -57,15 +60,24 @@ def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
 
 
 def _prepare_retrieval(
-    config: Config, folder: Path, tables: Tables, train: Sequence[Example], texts: Sequence[str], t1: int
+    config: Config,
+    folder: Path,
+    tables: Tables,
+    train: Sequence[Example],
+    texts: Sequence[str],
+    signal_terms: TermStatistics,
+    t1: int,
 ) -> None:
-    """Fits the embedder, the term statistics and the judge's thresholds, and embeds the catalogue."""
+    """Fits the embedder, the terms of the catalogue and the judge's threshold, and embeds the catalogue."""
     embedder = load_embedder(config.retrieval, texts, config.seed)
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
     TermStatistics.fit(article_texts(_published_before(tables, t1))).save(folder / "terms.json")
-    TermStatistics.fit(texts).save(folder / "signal_terms.json")
-    signals = [(row, signal.text) for row, example in enumerate(train) for signal in example.signals]
+    signals = [
+        (row, telling_words(signal.text, signal_terms, FACET_WORDS))
+        for row, example in enumerate(train)
+        for signal in example.signals
+    ]
     users, user_M = np.unique([train[row].user_id for row, _ in signals], return_inverse=True)
     del users
     calibration = calibrate(embed_unique(embedder, [text for _, text in signals]), user_M, config.seed)
@@ -93,6 +105,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         item_ids_I=tables.articles["item_id"].to_pylist(),
         articles_IE=embeddings_IE,
         statistics=TermStatistics.load(folder / "terms.json"),
+        signal_terms=TermStatistics.load(folder / "signal_terms.json"),
         calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
         config=config,
     )
@@ -122,12 +135,15 @@ def article_texts(tables: Tables) -> list[str]:
     return [f"{title}. {abstract}".strip() for title, abstract in zip(*columns, strict=True)]
 
 
-def tokenizer_corpus(train: Sequence[Example], texts: Sequence[str], config: Config) -> list[str]:
-    """What prompts and lists are made of, so that both become few tokens."""
-    prompts = [f"user\n{config.prompt.instructions}\n\n{render_signals(example.signals)}" for example in train]
-    lists = [
-        format_list([signal.text for signal in example.signals[-config.prompt.max_queries :]]) for example in train
-    ]
+def tokenizer_corpus(
+    train: Sequence[Example], texts: Sequence[str], terms: TermStatistics, config: PromptConfig
+) -> list[str]:
+    """What prompts and lists are made of, so that both become few tokens: ``texts`` stand for what lists may say."""
+    shown = [as_shown(example, terms, config.signal_words) for example in train]
+    prompts = [f"user\n{config.instructions}\n\n{render_signals(example.signals)}" for example in shown]
+    lists = [format_list([signal.text for signal in example.signals[-config.max_queries :]]) for example in shown]
+    if config.signal_words:
+        texts = [telling_words(text, terms, config.signal_words) for text in texts]
     return [*texts, *prompts, *lists]
 
 

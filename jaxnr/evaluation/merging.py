@@ -37,10 +37,17 @@ def max_score(rows_QK: np.ndarray, scores_QK: np.ndarray, query_mask_Q: np.ndarr
     return _merge(rows_QK, scores_QK, query_mask_Q, np.maximum)
 
 
+def score_sum(rows_QK: np.ndarray, scores_QK: np.ndarray, query_mask_Q: np.ndarray) -> np.ndarray:
+    """CombSUM (Fox and Shaw, TREC-2 1993): an article's merit is the sum of its similarities to the queries it is among
+    the results of. What several queries find comes first."""
+    return _merge(rows_QK, np.maximum(scores_QK, 0), query_mask_Q, np.add)
+
+
 MERGES: dict[str, Merge] = {
     "reciprocal_rank": reciprocal_rank,
     "round_robin": round_robin,
     "max_score": max_score,
+    "score_sum": score_sum,
 }
 """The merges by the names that ``retrieval.merge`` takes."""
 

@@ -285,7 +285,7 @@ def head_VD(params: dict) -> jax.Array:
 
 def init_params(model: Decoder, key: jax.Array) -> dict:
     """Fresh parameters, as a plain nested dict."""
-    return cast(dict, model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"])
+    return cast(dict, jax.jit(model.init)(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"])
 
 
 def parameter_count(params: dict) -> int:

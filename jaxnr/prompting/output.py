@@ -4,7 +4,9 @@ An output is an optional reasoning block, then a JSON array of query strings, an
 
     <think>reads about storms and rowing</think>["hurricane landfall florida", "rowing world cup"]
 
-Whether an output keeps to this is the structural reward, so the parser is strict: it repairs nothing.
+Whether an output keeps to this is the structural reward, so the parser is strict: it repairs nothing. A query that is
+written twice is no fault of structure but of diversity, which has a reward of its own: where repeats make a list
+worthless, a policy learns to write about anything rather than about the same interest again.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ PROBLEMS = {
     "too_few": "fewer queries than `min_queries`",
     "too_many": "more queries than `max_queries`",
     "too_long": "a query of more than `max_query_words` words or of absurdly long ones",
-    "duplicate": "the same query twice, letter case aside",
 }
 """Why an output is refused, by the name that ``ParsedList.problem`` carries; the first that holds, in this order."""
 
@@ -101,8 +102,6 @@ def _problem(queries: tuple[str, ...], cfg: PromptConfig) -> str | None:
         return "too_many"
     if any(_too_long(query.split(" "), cfg) for query in queries):
         return "too_long"
-    if len({query.casefold() for query in queries}) < len(queries):
-        return "duplicate"
     return None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxnr.config import PromptConfig
 from jaxnr.errors import InputError
 from jaxnr.prompting.output import THINK_END, THINK_START
+from jaxnr.rewards.specificity import TermStatistics, telling_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,14 @@ class EncodedPrompt(NamedTuple):
 
     ids: list[int]
     dropped: int
+
+
+def as_shown(example: Example, terms: TermStatistics, words: int) -> Example:
+    """The example with its signals as a prompt shows them: at most ``words`` telling words each, 0 for whole texts."""
+    if not words:
+        return example
+    shown = (signal._replace(text=telling_words(signal.text, terms, words)) for signal in example.signals)
+    return example._replace(signals=tuple(shown))
 
 
 def render_signals(signals: Sequence[Signal]) -> str:

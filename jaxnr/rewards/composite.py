@@ -18,8 +18,8 @@ from jaxnr.retrieval.index import ArticleIndex
 from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
 from jaxnr.rewards.diversity import diversity
-from jaxnr.rewards.rubric import Calibration, Rubric, build_rubric, in_article_words
-from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity
+from jaxnr.rewards.rubric import FACET_WORDS, Calibration, Rubric, build_rubric, in_article_words
+from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity, telling_words
 from jaxnr.rewards.structure import structure
 
 FEEDBACK_ARTICLES = 5
@@ -64,6 +64,7 @@ class RewardModel:
             has clicked before the request are not retrieved for that user.
         articles_IE: their vectors, as they are in the index.
         statistics: of the terms of the catalogue.
+        signal_terms: of the terms of signals and catalogue: which words of a signal tell what it is about.
         calibration: of the embedder's cosines, measured on the training signals.
         config: the limits on lists, the articles a query and the weights.
     """
@@ -76,10 +77,12 @@ class RewardModel:
         item_ids_I: Sequence[str],
         articles_IE: np.ndarray,
         statistics: TermStatistics,
+        signal_terms: TermStatistics,
         calibration: Calibration,
         config: Config,
     ):
-        self.embedder, self.index, self.statistics, self.calibration = embedder, index, statistics, calibration
+        self.embedder, self.index, self.calibration = embedder, index, calibration
+        self.statistics, self.signal_terms = statistics, signal_terms
         self.articles_IE = articles_IE
         self.item_ids_I = np.array(item_ids_I)
         self.config = config
@@ -135,7 +138,7 @@ class RewardModel:
         new = [example for example in examples if example.example_id not in self._rubrics]
         texts = list(dict.fromkeys(signal.text for example in new for signal in example.signals))
         row_of = {text: row for row, text in enumerate(texts)}
-        embeddings_NE = self._embed(texts)
+        embeddings_NE = self._embed([telling_words(text, self.signal_terms, FACET_WORDS) for text in texts])
         rubrics = [
             build_rubric(
                 embeddings_NE[[row_of[signal.text] for signal in example.signals]],

@@ -19,6 +19,10 @@ _PAIRS = 50_000
 _MOST_BACKGROUND = 0.95  # so that the judge's ramp up to 1 keeps a width
 
 
+FACET_WORDS = 4
+"""A signal counts by its telling words, at most so many: facets of whole texts are partly facets of page templates."""
+
+
 class Calibration(NamedTuple):
     """What cosines mean with this embedder: its scale differs from one to the next, so it is measured, not guessed."""
 

@@ -21,6 +21,9 @@ CRITERIA = ("content", "rarity", "focus")
 MIN_WORDS, MAX_WORDS, NO_WORDS = 2, 7, 12
 """Words of a focused query; beyond the second the criterion falls linearly, to 0 at the third."""
 
+TELLING_SHARE = 0.5
+"""Rarity, as a share of that of the rarest term beside it, from which a term tells what a text is about."""
+
 GENERIC = frozenset(
     """article articles best breaking content daily headline headlines info information interesting latest live new news
     online popular post posts read recent report reports stories story things today top topic topics trending update
@@ -90,11 +93,16 @@ class TermStatistics:
 
 
 def telling_words(text: str, statistics: TermStatistics, count: int) -> str:
-    """The ``count`` rarest terms of a text in the order of the text; the text itself if it has no known term."""
+    """What a text is about: at most ``count`` of its rarest terms, in the order of the text.
+
+    Terms less than ``TELLING_SHARE`` times as rare as its rarest are left out: they are the template of a headline, or
+    the name of a site. A text without a known content term stays as it is.
+    """
     terms = list(dict.fromkeys(analyze(text)))
     rarity = {term: statistics.rarity(term) for term in terms if term not in _NOT_CONTENT}
+    least = TELLING_SHARE * max(rarity.values(), default=0.0)
     rarest = set(sorted(rarity, key=lambda term: -rarity[term])[:count])
-    kept = [term for term in terms if term in rarest and rarity[term] > 0]
+    kept = [term for term in terms if term in rarest and rarity[term] >= least and rarity[term] > 0]
     return " ".join(kept) or text
 
 

@@ -1,13 +1,19 @@
 """Parameters of models that begin from nothing.
 
-A pretrained model knows which words go together, and attention that looks for what resembles the present word and
-brings it along. Both take a small model thousands of steps to find. Here the first is read off the training texts and
-the second is where attention starts, so that a warm start of minutes gets as far as a list on the user's topics.
+A pretrained model knows which words go together, and has attention that finds where the present word stood before and
+brings along what followed it (an induction head, Olsson et al. 2022, arXiv 2209.11895). Both take a small model
+thousands of steps to find. Here the first is read off the training texts and the second is where attention starts, so
+that a model reads its prompt from the first step on and a warm start of a minute gets as far as a list on the user's
+topics.
+
+Three parts of the residual stream make room for that: what a token means, which token it is, and which token is before
+it. Everything that would cover them with noise, the feed-forward and the other heads, starts with outputs of zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,83 +25,190 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
 
-EMBEDDING_NORM = 0.7
-"""Length of every embedding row: with a tied head and normalised hidden states of width 128, logits of up to 8."""
+EMBEDDING_NORM = 2.8
+"""Length of every embedding row. Adam moves each weight by about the learning rate: rows are not to be much smaller
+than the other weights, or they are the first to be lost."""
+
+FINAL_SCALE = 0.625
+"""Of the final norm: with a tied head and a width of 128, a token that is copied gets a logit of about 15."""
+
+MEANING_SHARE = 0.6
+"""Of the directions for a token itself, those for its meaning; the others tell it from all other tokens."""
 
 LOOK_BACK_STRENGTH = 6.0
 LOOK_BACK_LEAST_FREQUENCY = 0.1
-"""With heads of 32, the token before gets about nine tenths of the attention."""
+"""With heads of 32, the token before gets about eight tenths of the attention."""
 
-VALUE_SCALE = 0.7
-"""Values and outputs together start as half the identity on the part of the stream that a head sees."""
+MATCH_STRENGTH = 1.5
+"""Of queries and keys that look for equal tokens: with heads of 32, an equal one gets most of the attention."""
+
+MARK_STRENGTH = 6.0
+"""Of the bias that looks for what follows a mark."""
+
+BEFORE_GAIN, COPY_GAIN, ALIKE_GAIN = 0.52, 1.36, 0.4
+"""What heads add to the stream: the token before, about as much as the token itself; a copied token, more than that;
+and tokens alike, a little."""
+
+FAR = 150
+"""Tokens: as far apart as equal tokens of one prompt may be."""
 
 
-def fresh_params(model: Decoder, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int) -> dict:
-    """Parameters to begin the warm start from, with token vectors learned from ``texts``."""
-    random, attention = jax.random.split(jax.random.key(seed))
-    params = copying_attention(init_params(model, random), model.config, attention)
-    vectors_VD = jnp.asarray(token_vectors(tokenizer, texts, model.config.hidden_size, seed))
-    return {**params, "embed_tokens": {"embedding": vectors_VD}}
+class Parts(NamedTuple):
+    """Which directions of the residual stream stand for what: indices, together all D."""
+
+    meaning: np.ndarray
+    identity: np.ndarray
+    before: np.ndarray
+
+    @property
+    def token(self) -> np.ndarray:
+        """Directions of the token itself."""
+        return np.concatenate([self.meaning, self.identity])
+
+    @property
+    def sketch(self) -> np.ndarray:
+        """Directions of a token that are kept of the token before: as many as there is room for."""
+        return np.concatenate([self.identity, self.meaning])[: len(self.before)]
 
 
-def token_vectors(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Vectors [V, size] of equal length, near where tokens occur in the same texts (latent semantic analysis).
+def fresh_params(
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int, mark: str = ":"
+) -> dict:
+    """Parameters to begin the warm start from, with token vectors learned from ``texts``.
 
-    Tokens that the texts lack get random ones.
+    ``mark`` is what stands before each signal's first word in a prompt.
+    """
+    config = model.config
+    parts = stream_parts(config)
+    vectors_VD = token_vectors(tokenizer, texts, parts, seed)
+    mark_id = cast(list[int], tokenizer(mark, add_special_tokens=False)["input_ids"])[0]
+    params = init_params(model, jax.random.key(seed))
+    fresh = {
+        **params,
+        "embed_tokens": {"embedding": jnp.asarray(vectors_VD)},
+        "layers": reading_layers(params["layers"], config, parts, vectors_VD[mark_id] / EMBEDDING_NORM, seed),
+        "norm": jax.tree.map(lambda weight: FINAL_SCALE * weight, params["norm"]),
+    }
+    return fresh | ({} if config.tie_word_embeddings else {"lm_head": jnp.asarray(vectors_VD)})
+
+
+def stream_parts(config: DecoderConfig) -> Parts:
+    """The token before gets as many directions as a head can compare far apart, a third at most."""
+    D = config.hidden_size
+    room = min(len(_slow(config)), D // 3)
+    meaning = int(MEANING_SHARE * (D - room))
+    return Parts(*np.split(np.arange(D), [meaning, D - room]))
+
+
+def token_vectors(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parts: Parts, seed: int) -> np.ndarray:
+    """Vectors [V, D] of equal length: half of it near where tokens occur in the same texts (latent semantic analysis),
+    half at random, so that no two tokens are alike. The directions for the token before stay empty.
+
+    Tokens that the texts lack get a random meaning.
     """
     rng = np.random.default_rng(seed)
     ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     columns = np.concatenate([np.asarray(row, np.int64) for row in ids])
     counts = csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(ids), len(tokenizer)))
+    size = len(parts.meaning)
     rank = min(size, len(tokenizer) - 1, len(ids) - 1)
     svd = TruncatedSVD(rank, random_state=seed).fit(TfidfTransformer(sublinear_tf=True).fit_transform(counts))
-    vectors_VD = rng.normal(0, 1e-3, (len(tokenizer), size))  # tells apart the tokens that always occur together
+    meaning_VM = rng.normal(0, 1e-3, (len(tokenizer), size))  # no row is to be zero
     # Damped by the square root, so that the few strongest directions do not drown the rest.
-    vectors_VD[:, :rank] += np.asarray(svd.components_).T * np.sqrt(svd.singular_values_)
+    meaning_VM[:, :rank] += np.asarray(svd.components_).T * np.sqrt(svd.singular_values_)
     unseen = np.asarray(counts.sum(axis=0)).reshape(-1) == 0
-    vectors_VD[unseen] = rng.normal(size=(int(unseen.sum()), size))
+    meaning_VM[unseen] = rng.normal(size=(int(unseen.sum()), size))
     # Rotated at random: no head is to get all of the strongest directions, and another none.
     rotation, _ = np.linalg.qr(rng.normal(size=(size, size)))
-    vectors_VD = vectors_VD @ rotation
-    return (EMBEDDING_NORM * vectors_VD / np.linalg.norm(vectors_VD, axis=1, keepdims=True)).astype(np.float32)
+    vectors_VD = np.zeros((len(tokenizer), sum(map(len, parts))), np.float32)
+    vectors_VD[:, parts.meaning] = _unit(meaning_VM @ rotation)
+    vectors_VD[:, parts.identity] = _unit(rng.normal(size=(len(tokenizer), len(parts.identity))))
+    return EMBEDDING_NORM * _unit(vectors_VD)
 
 
-def copying_attention(params: dict, config: DecoderConfig, key: jax.Array) -> dict:
-    """The parameters with attention that begins as copying: find what resembles the present token, bring what follows.
+def reading_layers(layers: dict, config: DecoderConfig, parts: Parts, mark_D: np.ndarray, seed: int) -> dict:
+    """The layers with attention that begins as reading. The first query head of each key head gets a task:
 
-    Every head's output undoes its values, so that what is attended to is added to the stream, on H random orthogonal
-    directions a key head (mimetic initialisation, Trockman and Kolter 2023, arXiv 2305.09828). The first query head of
-    each key head looks for tokens like its own. In the first layer the last key head instead looks one token back,
-    whatever is there, which makes the layers after it find the token that came next (induction heads, Olsson et al.
-    2022, arXiv 2209.11895). Needs D >= K * H.
+    - first layer, last key head: looks one token back, whatever is there, and writes down which token that is;
+    - second layer: looks for a token after one equal to the present token, and copies it. The second query head of
+      each key head, where there is one, copies what comes after ``mark_D``: the first words of signals;
+    - elsewhere: looks for tokens like the present one and adds a little of them.
+
+    Queries and keys meet in the slowly rotating directions of a head alone: in the others, what two tokens have in
+    common is lost with their distance.
     """
+    rng = np.random.default_rng(seed)
     L, D = config.num_hidden_layers, config.hidden_size
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layers = params["layers"]
-    first = slice(None, None, N // K)  # of each group of query heads
-    gaussian_LDD = jax.random.normal(key, (L, D, D))
-    basis_LDKH = jnp.linalg.qr(gaussian_LDD)[0][..., : K * H].reshape(L, D, K, H)
-    query_LDNH = layers["q_proj"]["kernel"].reshape(L, D, N, H).at[:, :, first].set(basis_LDKH)
-    out_LNHD = layers["o_proj"]["kernel"].reshape(L, N, H, D)
-    out_LNHD = out_LNHD.at[:, first].set(VALUE_SCALE * basis_LDKH.transpose(0, 2, 3, 1))
-    look_back = N - N // K  # the first query head of the last key head
-    query_LDNH = query_LDNH.at[0, :, look_back].set(0.0)
-    key_LDKH = basis_LDKH.at[0, :, -1].set(0.0)
-    query_bias_LNH = jnp.zeros((L, N, H)).at[0, look_back].set(_one_back(config))
-    key_bias_LKH = jnp.zeros((L, K, H)).at[0, -1].set(_one_back(config, steps=0))
+    shapes = {"q_proj": (L, D, N, H), "k_proj": (L, D, K, H), "v_proj": (L, D, K, H), "o_proj": (L, N, H, D)}
+    kernel = {name: np.array(layers[name]["kernel"], np.float32).reshape(shape) for name, shape in shapes.items()}
+    query_LDNH, key_LDKH, value_LDKH, out_LNHD = kernel.values()
+    out_LNHD[:] = 0
+    query_bias_LNH, key_bias_LKH = np.zeros((L, N, H), np.float32), np.zeros((L, K, H), np.float32)
+    slow = _slow(config)[: len(parts.before)]
+    sketch = parts.sketch
+
+    def match(layer: int, k: int, of_query: np.ndarray, of_key: np.ndarray, strength: float) -> None:
+        n = k * (N // K)
+        query_LDNH[layer, :, n], key_LDKH[layer, :, k] = 0, 0
+        query_LDNH[layer, of_query, n, slow], key_LDKH[layer, of_key, k, slow] = strength, strength
+
+    def bring(layer: int, k: int, source: np.ndarray, target: np.ndarray, gain: float, heads: int = 1) -> None:
+        value_LDKH[layer, :, k] = 0
+        value_LDKH[layer, source, k, np.arange(len(source))] = 1
+        for n in range(k * (N // K), k * (N // K) + heads):
+            out_LNHD[layer, n, np.arange(len(source)), target] = gain
+
+    for layer in range(L):
+        shuffled = rng.permutation(parts.token)
+        for k in range(K):
+            # Each key head brings other directions, as far as there are others.
+            brought = shuffled[(k * H + np.arange(min(H, len(shuffled)))) % len(shuffled)]
+            if layer == 0 and k == K - 1:
+                query_LDNH[0, :, k * (N // K)], key_LDKH[0, :, k] = 0, 0
+                query_bias_LNH[0, k * (N // K)], key_bias_LKH[0, k] = _one_back(config), _one_back(config, steps=0)
+                bring(0, k, sketch, parts.before, BEFORE_GAIN)
+            elif layer == 1:
+                match(1, k, sketch, parts.before, MATCH_STRENGTH)
+                heads = min(N // K, 2)
+                bring(1, k, brought, brought, COPY_GAIN, heads)
+                if heads == 2:
+                    query_LDNH[1, :, k * (N // K) + 1] = 0
+                    query_bias_LNH[1, k * (N // K) + 1, slow] = MARK_STRENGTH * mark_D[sketch]
+            else:
+                alike = sketch if layer and k == 0 else parts.meaning[: len(slow)]
+                match(layer, k, alike, alike, 1.0)
+                bring(layer, k, brought, brought, ALIKE_GAIN)
     changed = {
-        "q_proj": {"kernel": query_LDNH.reshape(L, D, N * H), "bias": query_bias_LNH.reshape(L, N * H)},
-        "k_proj": {"kernel": key_LDKH.reshape(L, D, K * H), "bias": key_bias_LKH.reshape(L, K * H)},
-        "v_proj": {**layers["v_proj"], "kernel": VALUE_SCALE * basis_LDKH.reshape(L, D, K * H)},
-        "o_proj": {"kernel": out_LNHD.reshape(L, N * H, D)},
+        name: {**layers[name], "kernel": jnp.asarray(array.reshape(layers[name]["kernel"].shape))}
+        for name, array in kernel.items()
     }
-    return {**params, "layers": {**layers, **changed}}
+    changed["q_proj"]["bias"] = jnp.asarray(query_bias_LNH.reshape(L, N * H))
+    changed["k_proj"]["bias"] = jnp.asarray(key_bias_LKH.reshape(L, K * H))
+    changed["down_proj"] = jax.tree.map(jnp.zeros_like, layers["down_proj"])
+    return {**layers, **changed}
 
 
-def _one_back(config: DecoderConfig, steps: int = 1) -> jax.Array:
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def _frequency(config: DecoderConfig) -> np.ndarray:
+    """Radians a token, of each of the H/2 pairs of a head's directions."""
+    half = config.head_dim // 2
+    return config.rope_theta ** (-np.arange(half) / half)
+
+
+def _slow(config: DecoderConfig) -> np.ndarray:
+    """Directions of a head that rotate by less than a radian over ``FAR`` tokens."""
+    slow = np.flatnonzero(_frequency(config) * FAR < 1)
+    return np.concatenate([slow, slow + config.head_dim // 2])
+
+
+def _one_back(config: DecoderConfig, steps: int = 1) -> np.ndarray:
     """A query bias [H] whose product with the key bias (``steps`` 0) peaks, after rotation, at the token before."""
-    frequency = config.rope_theta ** (-jnp.arange(config.head_dim // 2) / (config.head_dim // 2))
+    frequency = _frequency(config)
     # Only the fast rotations tell one position from the next.
-    strength = jnp.where(frequency > LOOK_BACK_LEAST_FREQUENCY, LOOK_BACK_STRENGTH, 0.0)
-    return jnp.concatenate([strength * jnp.cos(steps * frequency), -strength * jnp.sin(steps * frequency)])
+    strength = np.where(frequency > LOOK_BACK_LEAST_FREQUENCY, LOOK_BACK_STRENGTH, 0.0)
+    return np.concatenate([strength * np.cos(steps * frequency), -strength * np.sin(steps * frequency)])

@@ -16,8 +16,8 @@ from jaxnr.data.examples import Example
 from jaxnr.mesh import batch_sharding
 from jaxnr.models.decoder import Decoder
 from jaxnr.prompting.output import ParsedList, parse_list
-from jaxnr.prompting.prompt import encode_prompt, pad_prompts
-from jaxnr.rewards.specificity import TermStatistics, telling_words
+from jaxnr.prompting.prompt import as_shown, encode_prompt, pad_prompts
+from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import Completions, SamplingSettings, make_sampler
 from jaxnr.training.steps import Batch
 
@@ -73,18 +73,10 @@ def make_policy(
 
 def place_prompts(policy: Policy, examples: Sequence[Example]) -> tuple[jax.Array, jax.Array]:
     """The examples' prompts, left-padded to a bucket and spread over the mesh: tokens and mask [B, S]."""
-    ids = [encode_prompt(policy.tokenizer, _shown(policy, example), policy.prompt).ids for example in examples]
+    count, terms = policy.prompt.signal_words, policy.signal_terms
+    ids = [encode_prompt(policy.tokenizer, as_shown(example, terms, count), policy.prompt).ids for example in examples]
     prompt_BS, mask_BS = pad_prompts(ids, policy.prompt.prompt_buckets, policy.pad_id)
     return jax.device_put((prompt_BS, mask_BS), batch_sharding(policy.mesh))
-
-
-def _shown(policy: Policy, example: Example) -> Example:
-    """The example with its signals as the prompt shows them."""
-    count = policy.prompt.signal_words
-    if not count:
-        return example
-    shown = (signal._replace(text=telling_words(signal.text, policy.signal_terms, count)) for signal in example.signals)
-    return example._replace(signals=tuple(shown))
 
 
 def roll_out(

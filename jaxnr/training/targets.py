@@ -20,6 +20,7 @@ from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import encode_completion
 from jaxnr.retrieval.embedder import Embedder
+from jaxnr.rewards.rubric import FACET_WORDS
 from jaxnr.rewards.specificity import TermStatistics, telling_words
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
@@ -54,7 +55,8 @@ def paraphrases(
     nearest: dict[str, tuple[str, ...]] = {}
     for start in range(0, len(texts), 1024):  # scores of 1024 texts at a time
         chunk = texts[start : start + 1024]
-        rows_NK = np.argsort(-(embedder.embed_queries(chunk) @ articles_IE.T), axis=1, kind="stable")[:, :LIKE_ARTICLES]
+        about = [telling_words(text, statistics, FACET_WORDS) for text in chunk]
+        rows_NK = np.argsort(-(embedder.embed_queries(about) @ articles_IE.T), axis=1, kind="stable")[:, :LIKE_ARTICLES]
         for text, rows_K in zip(chunk, rows_NK, strict=True):
             nearest[text] = tuple(titles[row] for row in rows_K)
     return Paraphrases(nearest, statistics)

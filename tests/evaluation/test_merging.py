@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from jaxnr.config import RetrievalConfig
 from jaxnr.evaluation.merging import MERGES as BY_NAME
-from jaxnr.evaluation.merging import max_score, reciprocal_rank, round_robin, to_item_ids
+from jaxnr.evaluation.merging import max_score, reciprocal_rank, round_robin, score_sum, to_item_ids
 
-MERGES = (reciprocal_rank, round_robin, max_score)
+MERGES = (reciprocal_rank, round_robin, max_score, score_sum)
 
 
 def merge_plainly(merge, rows_QK, scores_QK, query_mask_Q):
@@ -28,6 +28,8 @@ def merge_plainly(merge, rows_QK, scores_QK, query_mask_Q):
             merits.setdefault(row, []).append((Fraction(1, 61 + k), scores_QK[q, k]))
     if merge is reciprocal_rank:
         merit = {row: sum(part for part, _ in parts) for row, parts in merits.items()}
+    elif merge is score_sum:  # scores of quarters add up exactly
+        merit = {row: sum(score for _, score in parts) for row, parts in merits.items()}
     elif merge is max_score:
         merit = {row: max(score for _, score in parts) for row, parts in merits.items()}
     else:
@@ -60,13 +62,14 @@ def test_equals_the_definition_for_every_user(merge, case):
         assert np.array_equal(ranking, merge(rows, scores, mask))  # alone and in a batch alike
 
 
-def test_the_three_merges_differ_as_they_should():
+def test_the_merges_differ_as_they_should():
     rows = np.array([[0, 1, 2], [3, 1, 4]])
     scores = np.array([[0.9, 0.8, 0.7], [0.5, 0.4, 0.3]])
     mask = np.array([True, True])
     assert reciprocal_rank(rows, scores, mask)[:5].tolist() == [1, 0, 3, 2, 4]  # 2/62 > 1/61 > 1/63
     assert round_robin(rows, scores, mask)[:5].tolist() == [0, 3, 1, 2, 4]
     assert max_score(rows, scores, mask)[:5].tolist() == [0, 1, 2, 3, 4]
+    assert score_sum(rows, scores, mask)[:5].tolist() == [1, 0, 2, 3, 4]  # 0.8 + 0.4 > 0.9
 
 
 @pytest.mark.parametrize("merge", MERGES)

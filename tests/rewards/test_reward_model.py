@@ -53,6 +53,7 @@ def model():
         item_ids_I=[f"a{row}" for row in range(9)],
         articles_IE=embedder.embed_documents(ARTICLES),
         statistics=TermStatistics.fit(ARTICLES),
+        signal_terms=TermStatistics.fit(ARTICLES),
         calibration=Calibration(0.2),
         config=CONFIG,
     )

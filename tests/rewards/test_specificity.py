@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxnr.errors import InputError
-from jaxnr.rewards.specificity import TermStatistics
+from jaxnr.rewards.specificity import TermStatistics, telling_words
 
 TEXTS = [
     *["Markets rally as investors weigh inflation report"] * 20,
@@ -63,6 +63,15 @@ def test_heaps_and_repeats_are_out_of_focus():
     assert focus[1:7] == [1.0] * 6
     assert focus[7:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     assert STATISTICS.criteria("hurricane Hurricane florida")[2] == 0
+
+
+def test_telling_words_are_the_rarest_and_none_of_the_template():
+    template = [f"how to pick a {word} guide" for word in ("boat", "horse", "phone", "sofa", "tent", "lamp")]
+    statistics = TermStatistics.fit([*template * 20, "regatta boat oars", "oars regatta"])
+    assert telling_words("regatta guide: pick oars", statistics, 4) == "regatta oars"
+    assert telling_words("regatta guide: pick oars", statistics, 1) in ("regatta", "oars")
+    assert telling_words("how to pick a guide", statistics, 4) == "how to pick a guide"  # nothing rare: as it is
+    assert telling_words("zxqv", statistics, 4) == "zxqv"
 
 
 def test_saved_and_loaded(tmp_path):
