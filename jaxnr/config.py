@@ -124,7 +124,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 260
+    steps: int = 220
     prompts_per_step: int = 8
     group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -135,7 +135,7 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 160
+    steps: int = 130
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
@@ -143,7 +143,7 @@ class GrpoConfig:
     temperature: float = 1.0
     uniform_steps: int = 30
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none."""
-    validate_every: int = 80
+    validate_every: int = 65
     """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
 
