@@ -95,8 +95,8 @@ class TermStatistics:
 def telling_words(text: str, statistics: TermStatistics, count: int) -> str:
     """What a text is about: at most ``count`` of its rarest terms, in the order of the text.
 
-    Terms less than ``TELLING_SHARE`` times as rare as its rarest are left out: they are the template of a headline, or
-    the name of a site. A text without a known content term stays as it is.
+    Terms less than ``TELLING_SHARE`` times as rare as its rarest are left out: they belong to the template of a
+    headline. A text without a known content term stays as it is.
     """
     terms = list(dict.fromkeys(analyze(text)))
     rarity = {term: statistics.rarity(term) for term in terms if term not in _NOT_CONTENT}

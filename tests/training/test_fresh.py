@@ -6,22 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_params, tiny_decoder
+from tiny import TINY, random_params, tiny_decoder
 
-from jaxnr.models.decoder import Decoder, DecoderConfig, head_VD, init_params, rotate
+from jaxnr.models.decoder import Decoder, head_VD, init_params, rotate
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.training.fresh import EMBEDDING_NORM, Parts, fresh_params, reading_layers, stream_parts, token_vectors
 
-SMALL = DecoderConfig(
-    vocab_size=300,
-    hidden_size=128,
-    num_hidden_layers=2,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    rope_theta=1e6,
-)
+SMALL = dataclasses.replace(TINY, vocab_size=300, hidden_size=128, head_dim=32, rope_theta=1e6)
 SUBJECTS = ("hurricane storm florida coast", "rowing regatta crew river", "battery car factory prices")
 
 
