@@ -64,7 +64,7 @@ class PromptConfig:
 
     instructions: str = "Write news search queries for this reader."
     signal_words: int = 3
-    """Telling words that a prompt shows of each signal, at most; 0 shows the whole text, which pretrained models read."""
+    """Telling words of each signal that a prompt shows, at most; 0: the whole text, which pretrained models read."""
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
     max_prompt_tokens: int = 120
