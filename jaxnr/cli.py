@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -148,10 +149,15 @@ _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 def main() -> None:
     """Entry point: exits with 0 when all went well, 2 for a mistake in what was given, 130 when interrupted."""
     try:
-        _parse(sys.argv[1:])()
+        try:
+            _parse(sys.argv[1:])()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"jaxnr: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has enough: `jaxnr run --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
     except KeyboardInterrupt:
         print("jaxnr: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -68,7 +68,7 @@ class PromptConfig:
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
     max_prompt_tokens: int = 120
-    """Longer prompts lose their oldest signals; how many did is counted."""
+    """Longer prompts lose their oldest signals; data/report.json counts them (`prompts_shortened`)."""
     prompt_buckets: tuple[int, ...] = (120,)
     """Padded prompt lengths; each program compiles once a bucket."""
     max_new_tokens: int = 28
@@ -124,7 +124,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 220
+    steps: int = 200
     prompts_per_step: int = 8
     group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -141,8 +141,9 @@ class GrpoConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     temperature: float = 1.0
-    uniform_steps: int = 30
-    """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none."""
+    uniform_steps: int = 20
+    """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
+    of the chosen weights' schedule, so no more than `steps`."""
     validate_every: int = 65
     """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
@@ -150,14 +151,12 @@ class GrpoConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """On-policy distillation: the student's own samples, reverse KL to the teacher."""
+    """On-policy distillation of the supervised student: its own samples, reverse KL to the teacher."""
 
-    steps: int = 120
+    steps: int = 150
     prompts_per_step: int = 16
     group_size: int = 4
     temperature: float = 1.0
-    cold_start_steps: int = 60
-    """Supervised steps on the teacher's lists before the student's own samples are good enough to learn on."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.0)
 
 
@@ -201,7 +200,7 @@ class Config:
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
     teacher_lists: int = 2
-    """Lists that the teacher samples a training prompt for supervised distillation and the student's cold start."""
+    """Lists that the teacher samples a training prompt for supervised distillation."""
     supervised: SftConfig = SftConfig(
         steps=150, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=3e-3)
     )

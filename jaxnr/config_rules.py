@@ -21,7 +21,7 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
-    "weight_decay", "cold_start_steps", "showcase_users", "validate_every", "uniform_steps", "signal_words",
+    "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words",
 }
 SHARE = {"max_refused_share", "clip_low"}
 # fmt: on

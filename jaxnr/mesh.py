@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnr.config import MeshConfig
+from jaxnr.config import Config, MeshConfig, flatten
 from jaxnr.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,6 +43,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if int(np.prod(shape)) != len(devices):
         raise InputError(f"mesh: {dict(zip(AXES, shape, strict=True))} does not use all {len(devices)} devices.")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch_sizes(config: Config, mesh: Mesh) -> None:
+    """Raises InputError, naming each setting, where prompts of a step cannot be spread evenly over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {key: value for key, value in flatten(config).items() if key.endswith(".prompts_per_step")}
+    if uneven := [f"`{key}` is {size}" for key, size in sizes.items() if size % ways]:
+        raise InputError(
+            f"The prompts of a step are spread over {ways} devices (data × fsdp of the mesh), but {', '.join(uneven)}: "
+            f"expected a multiple of {ways}."
+        )
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import write_json_lines, write_text
-from jaxnr.mesh import make_mesh, tree_shardings
+from jaxnr.mesh import check_batch_sizes, make_mesh, tree_shardings
 from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
 from jaxnr.progress import progress
 from jaxnr.prompting.tokenizer import load_tokenizer
@@ -76,6 +77,7 @@ class Road:
         """Loads what the data stage wrote."""
         tables = Tables.load(out / "data")
         mesh = make_mesh(config.mesh)
+        check_batch_sizes(config, mesh)
         return cls(
             config=config,
             out=out,
@@ -205,20 +207,27 @@ def warm_start(road: Road) -> None:
 
 
 def train_teacher(road: Road) -> None:
-    """Dr.GRPO with the configured reward weights and, for the comparison, with the paper's uniform ones."""
-    config = road.config.grpo
-    reinforce(road, "grpo", road.rewards, config.steps)
-    if config.uniform_steps:
-        reinforce(road, "grpo_uniform", road.rewards.with_weights(UNIFORM), config.uniform_steps)
+    """Dr.GRPO with the configured reward weights and, for the comparison, with the paper's uniform ones.
 
-
-def reinforce(road: Road, stage: str, rewards: RewardModel, steps: int) -> None:
-    """Dr.GRPO from the teacher's warm start: sample, reward, step."""
+    Both follow the schedule of ``grpo.steps``, the second for its first ``uniform_steps``.
+    """
     config = road.config.grpo
     policy = road.policy("teacher")
-    optimizer = make_optimizer(config.optimizer, steps)
-    state = create_state(road.trained_params(policy, "warm_start_teacher"), optimizer, road.mesh)
-    update = make_grpo_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    start = create_state(road.trained_params(policy, "warm_start_teacher"), optimizer, road.mesh)
+    update = make_grpo_step(policy.model, optimizer, start, road.mesh, policy.vocabulary_size, config)
+    runs = [("grpo", road.rewards, config.steps)]
+    if config.uniform_steps:
+        runs.append(("grpo_uniform", road.rewards.with_weights(UNIFORM), min(config.uniform_steps, config.steps)))
+    for stage, rewards, steps in runs:
+        reinforce(road, stage, policy, jax.tree.map(jnp.copy, start), update, rewards, steps)
+
+
+def reinforce(
+    road: Road, stage: str, policy: Policy, state: TrainState, update: Callable, rewards: RewardModel, steps: int
+) -> None:
+    """Dr.GRPO from ``state``: sample, reward, step."""
+    config = road.config.grpo
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         rollout = road.roll_out(policy, state.params, examples, config.group_size, config.temperature, index)
@@ -246,9 +255,9 @@ def reinforce(road: Road, stage: str, rewards: RewardModel, steps: int) -> None:
 
 
 def distill_student(road: Road) -> None:
-    """Both students, from the same warm start: supervised on the teacher's lists; on-policy, after a short cold start.
+    """Both students: one supervised on the teacher's lists, and one that goes on from it with its own samples.
 
-    The cold start's checkpoint is where the on-policy steps begin (ALGORITHMS: short SFT on teacher lists first).
+    On-policy steps need samples that the teacher has something to say about, so they begin after supervised ones.
     """
     config = road.config
     teacher, student = road.policy("teacher"), road.policy("student")
@@ -275,9 +284,8 @@ def distill_student(road: Road) -> None:
         )
 
     untrained = road.trained_params(student, "warm_start_student")
-    for stage, steps in (("supervised", config.supervised.steps), ("cold_start", config.distill.cold_start_steps)):
-        state = supervise(road, stage, student, untrained, config.supervised, steps, imitate, source=imitable)
-
+    supervised = config.supervised
+    state = supervise(road, "supervised", student, untrained, supervised, supervised.steps, imitate, source=imitable)
     distill_on_policy(road, student, state.params, teacher, teacher_params)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -56,6 +57,14 @@ def test_help_explains_settings():
     assert shown.returncode == 0
     assert "--data.path" in shown.stdout
     assert "Folder with the data" in shown.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -c 'from jaxnr.cli import main; main()' run --help | head -1"
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=root, timeout=60)
+    assert "jaxnr run" in done.stdout
+    assert done.stderr == ""
 
 
 def test_unknown_key_in_a_config_is_one_paragraph_and_exit_code_2(tmp_path):

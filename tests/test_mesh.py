@@ -6,9 +6,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_decoder
 
-from jaxnr.config import MeshConfig, OptimizerConfig
+from jaxnr.config import Config, DistillConfig, MeshConfig, OptimizerConfig
 from jaxnr.errors import InputError
-from jaxnr.mesh import AXES, batch_sharding, make_mesh, partition_spec, tree_shardings
+from jaxnr.mesh import AXES, batch_sharding, check_batch_sizes, make_mesh, partition_spec, tree_shardings
 from jaxnr.models.decoder import init_params
 from jaxnr.training.steps import make_optimizer
 
@@ -78,3 +78,12 @@ def test_an_axis_that_does_not_divide_its_dimension_is_left_out():
 def test_prompts_are_spread_over_data_and_fsdp():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
+
+
+def test_prompts_that_cannot_be_spread_evenly_are_an_input_error_that_names_the_setting():
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    check_batch_sizes(Config(), mesh)
+    uneven = Config(distill=DistillConfig(prompts_per_step=6))
+    with pytest.raises(InputError, match=r"`distill.prompts_per_step` is 6: expected a multiple of 4"):
+        check_batch_sizes(uneven, mesh)
+    check_batch_sizes(uneven, make_mesh(MeshConfig(data=2, tensor=4)))

@@ -81,7 +81,6 @@ def test_every_step_of_every_stage_is_logged(run):
         "warm_start_student": CONFIG.warm_start.steps,
         "grpo": CONFIG.grpo.steps,
         "supervised": CONFIG.supervised.steps,
-        "cold_start": CONFIG.distill.cold_start_steps,
         "distill": CONFIG.distill.steps,
     }
     for stage, count in steps.items():

@@ -51,7 +51,7 @@ CONFIG = Config(
     grpo=GrpoConfig(steps=4, prompts_per_step=8, group_size=2, validate_every=2, uniform_steps=1, temperature=0.4),
     teacher_lists=2,
     supervised=SftConfig(steps=2, prompts_per_step=2, group_size=2),
-    distill=DistillConfig(steps=2, prompts_per_step=8, group_size=2, cold_start_steps=2),
+    distill=DistillConfig(steps=2, prompts_per_step=8, group_size=2),
     evaluation=EvaluationConfig(
         samples=2, temperature=0.4, best_of_n=(1, 2), prompts_per_step=8, bootstrap_resamples=50, showcase_users=2
     ),

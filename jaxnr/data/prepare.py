@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
 
 from jaxnr.config import Config, PromptConfig
 from jaxnr.data.dataset import prepare as write_examples
@@ -22,13 +23,15 @@ from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.files import write_text
 from jaxnr.prompting.output import format_list
-from jaxnr.prompting.prompt import as_shown, render_signals
+from jaxnr.prompting.prompt import as_shown, encode_prompt, render_signals
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.retrieval.embedder import Embedder, TfidfSvdEmbedder, load_embedder
 from jaxnr.retrieval.index import NEVER, ArticleIndex
 from jaxnr.rewards.composite import RewardModel
 from jaxnr.rewards.rubric import FACET_WORDS, Calibration, calibrate
 from jaxnr.rewards.specificity import TermStatistics, telling_words
+
+SPLITS = ("train", "valid", "test")
 
 
 def prepare_data(config: Config, out: Path) -> None:
@@ -45,9 +48,13 @@ def prepare_data(config: Config, out: Path) -> None:
     terms = TermStatistics.fit(texts)
     terms.save(out / "retrieval" / "signal_terms.json")
     corpus = tokenizer_corpus(splits.train, texts, terms, config.prompt)
-    train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
+    tokenizer = train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
     _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, terms, t1)
-    write_text(out / "data" / "report.json", json.dumps(_report(tables, splits, reader, t1, t2), indent=2))
+    report = _report(tables, splits, reader, t1, t2)
+    report["prompts_shortened"] = {
+        name: shortened_prompts(getattr(splits, name), terms, config.prompt, tokenizer) for name in SPLITS
+    }
+    write_text(out / "data" / "report.json", json.dumps(report, indent=2))
 
 
 def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
@@ -147,8 +154,16 @@ def tokenizer_corpus(
     return [*texts, *prompts, *lists]
 
 
+def shortened_prompts(
+    examples: Sequence[Example], terms: TermStatistics, config: PromptConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many prompts lose their oldest signals because they would be longer than `max_prompt_tokens`."""
+    shown = (as_shown(example, terms, config.signal_words) for example in examples)
+    return sum(encode_prompt(tokenizer, example, config).dropped > 0 for example in shown)
+
+
 def _report(tables: Tables, splits: ExampleSplits, reader: dict, t1: int, t2: int) -> dict:
-    counts = {name: len({example.user_id for example in getattr(splits, name)}) for name in ("train", "valid", "test")}
+    counts = {name: len({example.user_id for example in getattr(splits, name)}) for name in SPLITS}
     skipped = sum(count for reason, count in splits.skipped.items() if reason.startswith("test_"))
     return {
         "users": {**counts, "skipped": skipped},

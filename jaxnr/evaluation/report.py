@@ -24,6 +24,7 @@ LABELS = {
     "content": "Mean embedding of signals",
     "prompt_only": "Prompt only (warm-started)",
     "teacher": "Teacher (RL)",
+    "teacher_uniform": "Teacher (RL), the paper's uniform weights",
     "student_on_policy": "Student, on-policy distillation",
     "student_supervised": "Student, supervised distillation",
     "student_untrained": "Student before distillation",
@@ -31,6 +32,8 @@ LABELS = {
 """The methods and models that a report knows, in the order it shows them; others follow under their own names."""
 
 METRIC_LABELS = {"recall@5": "R@5", "recall@10": "R@10", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
+
+BEYOND_LABELS = {"diversity": "diversity", "categories": "categories shown", "age_hours": "age, hours"}
 
 # arXiv 2602.15005, the offline table and the distillation ablation. A missing value is one the paper does not give.
 PAPER_ROWS = (
@@ -72,6 +75,9 @@ def write_report(
         best=_best(results.get("offline") or {}),
         paper_rows=PAPER_ROWS,
         best_of_n=dict(sorted((results.get("best_of_n") or {}).items(), key=lambda item: int(item[0]))),
+        cold=((results.get("slices") or {}).get("cold") or {}),
+        beyond=_ordered(results.get("beyond_accuracy") or {}),
+        beyond_labels=BEYOND_LABELS,
         rewards=_ordered(results.get("rewards") or {}),
         reward_names=_reward_names(results.get("rewards") or {}),
         tables=_key_value_tables(results),

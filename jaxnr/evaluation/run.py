@@ -16,6 +16,7 @@ from rich.console import Console
 from jaxnr.data.examples import Example
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
+from jaxnr.evaluation.beyond_accuracy import beyond_accuracy
 from jaxnr.evaluation.merging import MERGES, to_item_ids
 from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_samples
 from jaxnr.evaluation.report import console_table, write_report
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 TESTED_METRICS = ("recall@10", "ndcg@10")
 """The family of the paired tests; the other metrics have intervals."""
+
+COLD_CLICKS = 5
+"""Users who have clicked fewer articles than this before their request are the slice of cold users."""
 
 DEPTH = 10
 """Articles of a ranking that count: the deepest metric's cut-off."""
@@ -67,17 +71,16 @@ def sample_lists(road: Road, policy: Policy, params: dict, examples: Sequence[Ex
         rollout = roll_out(policy, params, chunk.padded, samples=samples, seed=config.seed, step=0, settings=settings)
         scored = road.rewards(chunk.padded, rollout.lists)
         users = len(chunk.examples)
-        rankings_US += rank(road, scored.found)[:users]
+        rankings_US += rank(road, scored.found, config.retrieval.merge)[:users]
         lists_US += rollout.lists[:users]
         rewards.append({name: values[:users] for name, values in {**scored.rewards, "total": scored.total_BG}.items()})
     stacked = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
     return Sampled(lists_US, stacked, rankings_US)
 
 
-def rank(road: Road, found: Retrieved) -> list[list[list[str]]]:
+def rank(road: Road, found: Retrieved, merge: str) -> list[list[list[str]]]:
     """The merged ranking of each list: article ids, for each user and sample."""
-    merge = MERGES[road.config.retrieval.merge]
-    merged_BGM = merge(found.article_rows_BGQK, found.article_scores_BGQK, found.query_mask_BGQ)
+    merged_BGM = MERGES[merge](found.article_rows_BGQK, found.article_scores_BGQK, found.query_mask_BGQ)
     return [to_item_ids(user_GM[:, :DEPTH], road.rewards.item_ids_I) for user_GM in merged_BGM]
 
 
@@ -98,7 +101,8 @@ def evaluate(road: Road) -> None:
     config = road.config.evaluation
     examples = list(road.examples["test"])
     relevant = [example.relevant for example in examples]
-    per_user = {name: evaluate_rankings(ranking, relevant) for name, ranking in plain_rankings(road, examples).items()}
+    plain = plain_rankings(road, examples)
+    per_user = {name: evaluate_rankings(rankings, relevant) for name, rankings in plain.items()}
     sampled, throughput, best, merges = {}, {}, {}, {}
     models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
     with progress("evaluate", len(models)) as bar:
@@ -120,6 +124,15 @@ def evaluate(road: Road) -> None:
                 throughput[f"{shape}_users_per_s"] = users_per_second(road, policy, params, examples)
             bar.advance({"recall@10": per_user[name]["recall@10"].mean()})
     results = assemble(road, per_user, best, sampled, throughput)
+    rankings = {name: [[ranking] for ranking in rankings_U] for name, rankings_U in plain.items()}
+    rankings |= {name: sample.rankings_US for name, sample in sampled.items()}
+    results["beyond_accuracy"] = {
+        name: beyond_accuracy(
+            rankings_US, [example.timestamp for example in examples], road.tables.articles, road.rewards.articles_IE
+        )
+        for name, rankings_US in rankings.items()
+    }
+    results["slices"] = {"cold": cold_users(road, examples, per_user)}
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
     results["seconds"] = {**road.seconds(), "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
@@ -132,15 +145,19 @@ def evaluate(road: Road) -> None:
 
 def validation_recall_of_merges(road: Road, policy: Policy, params: dict) -> dict[str, float]:
     """Recall@10 on the validation users under each way of merging, the basis of ``retrieval.merge``."""
+    config = road.config
     examples = list(road.examples["valid"])
+    settings = SamplingSettings(temperature=config.evaluation.temperature)
+    rankings_US: dict[str, list] = {merge: [] for merge in MERGES}
+    for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
+        rollout = roll_out(policy, params, chunk.padded, samples=1, seed=config.seed, step=0, settings=settings)
+        found = road.rewards.retrieve(chunk.padded, rollout.lists)
+        for merge, ranked in rankings_US.items():
+            ranked += rank(road, found, merge)[: len(chunk.examples)]
     relevant = [example.relevant for example in examples]
-    recall = {}
-    for merge in MERGES:
-        retrieval = dataclasses.replace(road.config.retrieval, merge=merge)
-        merged = dataclasses.replace(road, config=dataclasses.replace(road.config, retrieval=retrieval))
-        rankings_US = sample_lists(merged, policy, params, examples, samples=1).rankings_US
-        recall[merge] = float(evaluate_samples(rankings_US, relevant)["recall@10"].mean())
-    return recall
+    return {
+        merge: float(evaluate_samples(ranked, relevant)["recall@10"].mean()) for merge, ranked in rankings_US.items()
+    }
 
 
 def plain_rankings(road: Road, examples: list[Example]) -> dict[str, list[list[str]]]:
@@ -172,7 +189,7 @@ def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Ex
         started = time.perf_counter()
         for chunk in padded_chunks(timed, config.evaluation.prompts_per_step):
             rollout = roll_out(policy, params, chunk.padded, samples=1, seed=config.seed, step=0, settings=settings)
-            rank(road, road.rewards.retrieve(chunk.padded, rollout.lists))
+            rank(road, road.rewards.retrieve(chunk.padded, rollout.lists), config.retrieval.merge)
     return len(timed) / (time.perf_counter() - started)
 
 
@@ -213,6 +230,18 @@ def assemble(
         },
         "data": report,
     }
+
+
+def cold_users(road: Road, examples: list[Example], per_user: dict[str, dict[str, np.ndarray]]) -> dict:
+    """The tested metrics of every method on the users with fewer than ``COLD_CLICKS`` clicks, and how many they are."""
+    cold_U = np.array([len(example.seen) < COLD_CLICKS for example in examples], bool)
+    resamples, seed = road.config.evaluation.bootstrap_resamples, road.config.seed
+    offline = {
+        name: {metric: mean_interval(values[metric][cold_U], resamples, seed) for metric in TESTED_METRICS}
+        for name, values in per_user.items()
+        if cold_U.any()
+    }
+    return {"users": int(cold_U.sum()), "fewer_clicks_than": COLD_CLICKS, "offline": offline}
 
 
 def show(road: Road, examples: list[Example], sampled: dict[str, Sampled]) -> list[dict]:

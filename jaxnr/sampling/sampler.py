@@ -7,6 +7,7 @@ compiles nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -54,6 +55,7 @@ class _State:
     mask_BGT: jax.Array
 
 
+@functools.lru_cache(maxsize=8)  # the stages and models of a run share what has been compiled
 def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int) -> Callable:
     """The jitted sampler of a model.
 

@@ -13,10 +13,12 @@ import jaxnr.data.prepare
 from jaxnr.config import Config, DataConfig, MeshConfig, PromptConfig, RetrievalConfig
 from jaxnr.data.dataset import load
 from jaxnr.data.examples import split_times
-from jaxnr.data.prepare import article_texts, embed_unique, known_texts, open_rewards, prepare_data
+from jaxnr.data.prepare import article_texts, embed_unique, known_texts, open_rewards, prepare_data, shortened_prompts
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
 from jaxnr.mesh import make_mesh
+from jaxnr.prompting.tokenizer import load_tokenizer
+from jaxnr.rewards.specificity import TermStatistics
 
 CONFIG = Config(
     data=DataConfig(train_prompts_per_user=2),
@@ -108,6 +110,19 @@ def test_the_report_counts_users_and_names_the_windows(world, prepared):
         assert report["users"][split] == len({example.user_id for example in examples}) > 0
     assert report["users"]["test"] + report["users"]["skipped"] == WORLD.n_users
     assert report["events"] == world.tables.events.num_rows
+
+
+def test_prompts_that_lose_signals_are_counted(prepared):
+    splits = {split: list(load(prepared / "data" / "examples", split)) for split in ("train", "valid", "test")}
+    counted = json.loads((prepared / "data" / "report.json").read_text())["prompts_shortened"]
+    assert counted.keys() == splits.keys()
+    terms, tokenizer = (
+        TermStatistics.load(prepared / "retrieval" / "signal_terms.json"),
+        load_tokenizer(prepared / "tokenizer"),
+    )
+    for tokens, expected in ((60, len(splits["test"])), (2000, 0)):
+        config = dataclasses.replace(CONFIG.prompt, max_prompt_tokens=tokens, prompt_buckets=(tokens,))
+        assert shortened_prompts(splits["test"], terms, config, tokenizer) == expected
 
 
 def test_the_planted_truth_lies_apart(prepared):

@@ -9,7 +9,7 @@ from jaxnr.evaluation.figures import REWARDS, reward_curves, series
 from jaxnr.evaluation.report import METRIC_LABELS, PAPER_ROWS, console_table, markdown_table, write_report
 
 EVIL = "<script>alert('x')</script>"
-METHODS = ["recent", "teacher", "prompt_only", "student_on_policy", "teacher_uniform"]
+METHODS = ["recent", "teacher", "prompt_only", "student_on_policy", "my_own_method"]
 
 
 def interval(mean):
@@ -32,6 +32,9 @@ def full_results():
             {"a": "teacher", "b": "recent", "metric": "mrr", "difference": 0.0, "p_holm": 1.0, "effect_size": None},
         ],
         "best_of_n": {str(n): {m: interval(0.2 + 0.01 * i) for m in METRIC_LABELS} for i, n in enumerate((8, 1, 2, 4))},
+        "slices": {"cold": {"users": 34, "fewer_clicks_than": 5, "offline": {
+            "teacher": {"recall@10": interval(0.123), "ndcg@10": interval(0.1)}}}},
+        "beyond_accuracy": {"teacher": {"diversity": 0.456, "age_hours": 31.25}},
         "rewards": {model: dict.fromkeys(REWARDS, 0.5) for model in ("teacher", "prompt_only")},
         "throughput": {"teacher_users_per_s": 41.25, "student_users_per_s": 1312.5},
         "environment": {"jax": "0.10.2", "device_kind": "cpu", "device_count": 1},
@@ -93,7 +96,17 @@ class Page(HTMLParser):
         return [value for name, value in self.attributes if name == "id" and value in ALL_SECTIONS]
 
 
-ALL_SECTIONS = ["offline", "best-of-n", "comparisons", "rewards", "learning", "warm-start", "counts", "showcase"]
+ALL_SECTIONS = [
+    "offline",
+    "best-of-n",
+    "comparisons",
+    "beyond",
+    "rewards",
+    "learning",
+    "warm-start",
+    "counts",
+    "showcase",
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +124,9 @@ def test_a_full_run_has_every_section(page):
     for text in (
         "0.150",
         "0.130–0.180",
+        "0.123",
+        "0.456",
+        "31.2",
         "< 0.001",
         "5 min 12 s",
         "51,234",
@@ -144,7 +160,7 @@ def test_text_of_users_is_escaped_and_still_readable(page):
 def test_methods_come_in_the_order_of_the_road_and_only_the_best_is_bold(page):
     rows = page[page.index('id="offline"') : page.index("<caption>The paper")].split("<tr>")[2:]
     assert ["Most recent" in rows[0], "Prompt only" in rows[1], "Teacher (RL)" in rows[2]] == [True] * 3
-    assert "teacher uniform" in rows[-1]
+    assert "my own method" in rows[-1]
     assert [row.count('class="best"') for row in rows] == [0, 0, 0, 0, 5]
 
 
