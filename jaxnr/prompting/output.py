@@ -46,8 +46,11 @@ class ParsedList(NamedTuple):
 
 
 def format_list(queries: Sequence[str], reasoning: str | None = None) -> str:
-    """The output that carries these queries; the inverse of ``parse_list`` on valid lists."""
-    array = json.dumps(list(queries), ensure_ascii=False)
+    """The output that carries these queries; the inverse of ``parse_list`` on valid lists.
+
+    Without blanks between the queries: `","` is one token.
+    """
+    array = json.dumps(list(queries), ensure_ascii=False, separators=(",", ":"))
     return array if reasoning is None else f"{THINK_START}{reasoning}{THINK_END}{array}"
 
 

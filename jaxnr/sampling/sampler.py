@@ -8,6 +8,7 @@ compiles nothing.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -136,16 +137,35 @@ def choose(logits_NV: jax.Array, uniforms_N: jax.Array, settings: SamplingSettin
     logprobs = jax.nn.log_softmax(logits_NV / jnp.where(greedy, 1.0, settings.temperature))
     filtering = (settings.top_k > 0) | (settings.top_p < 1)
     probabilities = jax.lax.cond(filtering, lambda: filtered(logprobs, settings), lambda: jnp.exp(logprobs))
-    cumulative = jnp.cumsum(probabilities, axis=-1)
-    target = uniforms_N[:, None] * cumulative[:, -1:]
-    # A parallel prefix sum is not monotone to the last bit, and uniform × total may round up to the total: take the
-    # first token that has mass and passes the target, or else the last that has mass.
-    has_mass = probabilities > 0
-    passes = has_mass & (cumulative > target)
-    last = probabilities.shape[-1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=-1)
-    sampled = jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
+    sampled = inverse_transform(probabilities, uniforms_N)
     token = jnp.where(greedy, jnp.argmax(logprobs, axis=-1), sampled).astype(jnp.int32)
     return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+
+def inverse_transform(masses_NV: jax.Array, uniforms_N: jax.Array) -> jax.Array:
+    """Of each row the token at which the running sum of masses passes ``uniform`` times their total.
+
+    First the block of about √V tokens, then the token in it: two short running sums instead of one over all of V, which
+    takes longer than the rest of a decoding step of a small model.
+    """
+    N, V = masses_NV.shape
+    width = math.isqrt(V - 1) + 1
+    masses_NMW = jnp.pad(masses_NV, ((0, 0), (0, -V % width))).reshape(N, -1, width)
+    blocks_NM = masses_NMW.sum(axis=-1)
+    target_N = uniforms_N * blocks_NM.sum(axis=-1)
+    block_N = _first_past(blocks_NM, target_N)
+    before_N = jnp.where(jnp.arange(blocks_NM.shape[1]) < block_N[:, None], blocks_NM, 0.0).sum(axis=-1)
+    chosen_NW = jnp.take_along_axis(masses_NMW, block_N[:, None, None], axis=1)[:, 0]
+    return block_N * width + _first_past(chosen_NW, target_N - before_N)
+
+
+def _first_past(masses_NK: jax.Array, target_N: jax.Array) -> jax.Array:
+    """The first entry that has mass and at which the running sum passes the target, or else the last that has mass:
+    sums are rounded, so one over a row may stay at or below a target that is below the true total."""
+    has_mass = masses_NK > 0
+    passes = has_mass & (jnp.cumsum(masses_NK, axis=-1) > target_N[:, None])
+    last = masses_NK.shape[-1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=-1)
+    return jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
 
 
 def filtered(logprobs_NV: jax.Array, settings: SamplingSettings) -> jax.Array:
