@@ -49,7 +49,7 @@ class ModelConfig:
 
     hidden_size: int = 128
     num_layers: int = 3
-    intermediate_size: int = 192
+    intermediate_size: int = 256
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -71,13 +71,13 @@ class PromptConfig:
     """Longer prompts lose their oldest signals; data/report.json counts them (`prompts_shortened`)."""
     prompt_buckets: tuple[int, ...] = (120,)
     """Padded prompt lengths; each program compiles once a bucket."""
-    max_new_tokens: int = 28
+    max_new_tokens: int = 72
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 3
-    max_queries: int = 5
+    max_queries: int = 16
     max_query_words: int = 6
-    vocabulary_size: int = 6144
-    """Of the byte-level BPE that is trained for models from scratch."""
+    vocabulary_size: int = 4096
+    """Of the byte-level BPE that is trained for models from scratch, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 200
+    steps: int = 260
     prompts_per_step: int = 8
     group_size: int = 8
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -135,7 +135,7 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 130
+    steps: int = 120
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
@@ -144,9 +144,9 @@ class GrpoConfig:
     uniform_steps: int = 20
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
     of the chosen weights' schedule, so no more than `steps`."""
-    validate_every: int = 65
+    validate_every: int = 60
     """Steps between measurements of recall on the validation users; 0 for none."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class Config:
     reward: RewardConfig = RewardConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
-        hidden_size=40, num_layers=2, intermediate_size=96, num_heads=2, num_kv_heads=1, head_dim=32
+        hidden_size=48, num_layers=3, intermediate_size=56, num_heads=2, num_kv_heads=1, head_dim=32
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()

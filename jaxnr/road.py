@@ -14,8 +14,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pyarrow as pa
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +48,7 @@ from jaxnr.training.steps import (
     make_optimizer,
     make_sft_step,
 )
-from jaxnr.training.targets import Paraphrases, Target, paraphrases, place_targets, warm_start_batches
+from jaxnr.training.targets import Target, place_targets, warm_start_batches
 
 UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, structure=1.0)
 """The paper's weights."""
@@ -95,14 +93,6 @@ class Road:
         config: ModelConfig = getattr(self.config, shape)
         model = Decoder(decoder_config(config, len(self.tokenizer)))
         return make_policy(model, self.tokenizer, self.config.prompt, self.mesh, self.signal_terms)
-
-    def paraphrases(self, train: Sequence[Example], t1: int) -> Paraphrases:
-        """How the training signals can be said in the words of articles published before ``t1``."""
-        earlier_I = np.asarray(self.tables.articles["published_at"].cast("int64")) < t1
-        titles = self.tables.articles["title"].filter(pa.array(earlier_I)).to_pylist()
-        texts = [signal.text for example in train for signal in example.signals]
-        rewards = self.rewards
-        return paraphrases(texts, titles, rewards.articles_IE[earlier_I], rewards.embedder, self.signal_terms)
 
     def has_trained(self, stage: str) -> bool:
         """Whether a training stage has left a checkpoint."""
@@ -191,7 +181,6 @@ def warm_start(road: Road) -> None:
     # Single texts say which words go together in one stream; a user's signals side by side, which go together across.
     texts = known_texts(road.tables, train, t1)
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
-    known = road.paraphrases(train, t1)
     for offset, shape in enumerate(("teacher", "student")):
         policy = road.policy(shape)
         supervise(
@@ -201,7 +190,7 @@ def warm_start(road: Road) -> None:
             fresh_params(policy.model, road.tokenizer, texts, 2 * road.config.seed + offset),
             config,
             config.steps,
-            warm_start_batches(policy, config.group_size, known, road.config.seed),
+            warm_start_batches(policy, config.group_size, road.config.seed),
             source=train,
         )
 

@@ -150,7 +150,8 @@ def tokenizer_corpus(
     prompts = [f"user\n{config.instructions}\n\n{render_signals(example.signals)}" for example in shown]
     lists = [format_list([signal.text for signal in example.signals[-config.max_queries :]]) for example in shown]
     if config.signal_words:
-        texts = [telling_words(text, terms, config.signal_words) for text in texts]
+        # After a blank, as in prompts and lists: without one a word is another token.
+        texts = [f" {telling_words(text, terms, config.signal_words)}" for text in texts]
     return [*texts, *prompts, *lists]
 
 

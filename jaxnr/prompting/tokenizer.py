@@ -53,8 +53,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) ->
     least = len(alphabet) + len(specials)
     if vocabulary_size < least:
         raise InputError(
-            f"prompt.vocabulary_size is {vocabulary_size}: a byte-level tokenizer needs at least {least}, the 256 bytes "
-            f"and {len(specials)} special tokens."
+            f"prompt.vocabulary_size is {vocabulary_size}: a byte-level tokenizer needs at least {least}, the 256 "
+            f"bytes and {len(specials)} special tokens."
         )
     texts = list(texts)
     tokenizer = _byte_level(models.BPE())

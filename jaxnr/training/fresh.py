@@ -6,8 +6,13 @@ thousands of steps to find. Here the first is read off the training texts and th
 that a model reads its prompt from the first step on and a warm start of a minute gets as far as a list on the user's
 topics.
 
-Three parts of the residual stream make room for that: what a token means, which token it is, and which token is before
-it. Everything that would cover them with noise, the feed-forward and the other heads, starts with outputs of zero.
+A list is more than one signal: after a query the model has to find the next signal. For that a token also knows, by
+its distance, the last word of the line before its own, so that the end of a query points to the first word of the line
+after the one that was read.
+
+Four parts of the residual stream make room for that: what a token means, which token it is, which token is before it,
+and which one ended the line before. Everything that would cover them with noise, the feed-forward and the other heads,
+starts with outputs of zero.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
+from jaxnr.prompting.prompt import LABELS
 
 EMBEDDING_NORM = 2.8
 """Length of every embedding row. Adam moves each weight by about the learning rate: rows are not to be much smaller
@@ -42,6 +48,9 @@ LOOK_BACK_LEAST_FREQUENCY = 0.1
 MATCH_STRENGTH = 1.5
 """Of queries and keys that look for equal tokens: with heads of 32, an equal one gets most of the attention."""
 
+POINT_STRENGTH = 2.0
+"""Of queries and keys that look for the line after the present query's."""
+
 MARK_STRENGTH = 6.0
 """Of the bias that looks for what follows a mark."""
 
@@ -54,11 +63,16 @@ FAR = 150
 
 
 class Parts(NamedTuple):
-    """Which directions of the residual stream stand for what: indices, together all D."""
+    """Which directions of the residual stream stand for what: indices, together all D.
+
+    ``before``: of the token before. ``line_end``: of the token that stands where the line before ends, as seen from the
+    first word of a line.
+    """
 
     meaning: np.ndarray
     identity: np.ndarray
     before: np.ndarray
+    line_end: np.ndarray
 
     @property
     def token(self) -> np.ndarray:
@@ -81,28 +95,30 @@ def fresh_params(
     config = model.config
     parts = stream_parts(config)
     vectors_VD = token_vectors(tokenizer, texts, parts, seed)
-    mark_id = cast(list[int], tokenizer(mark, add_special_tokens=False)["input_ids"])[0]
+    # From the last word of a line over the line break and the next line's label to its first word.
+    line_step = 1 + len(_ids(tokenizer, f"\n{LABELS['search']}{mark}"))
+    mark_D = vectors_VD[_ids(tokenizer, mark)[0]] / EMBEDDING_NORM
     params = init_params(model, jax.random.key(seed))
     fresh = {
         **params,
         "embed_tokens": {"embedding": jnp.asarray(vectors_VD)},
-        "layers": reading_layers(params["layers"], config, parts, vectors_VD[mark_id] / EMBEDDING_NORM, seed),
+        "layers": reading_layers(params["layers"], config, parts, mark_D, line_step, seed),
         "norm": jax.tree.map(lambda weight: FINAL_SCALE * weight, params["norm"]),
     }
     return fresh | ({} if config.tie_word_embeddings else {"lm_head": jnp.asarray(vectors_VD)})
 
 
 def stream_parts(config: DecoderConfig) -> Parts:
-    """The token before gets as many directions as a head can compare far apart, a third at most."""
+    """``before`` and ``line_end`` get as many directions as a head can compare far apart, a fifth each at most."""
     D = config.hidden_size
-    room = min(len(_slow(config)), D // 3)
-    meaning = int(MEANING_SHARE * (D - room))
-    return Parts(*np.split(np.arange(D), [meaning, D - room]))
+    room = min(len(_slow(config)), D // 5)
+    meaning = int(MEANING_SHARE * (D - 2 * room))
+    return Parts(*np.split(np.arange(D), [meaning, D - 2 * room, D - room]))
 
 
 def token_vectors(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parts: Parts, seed: int) -> np.ndarray:
     """Vectors [V, D] of equal length: half of it near where tokens occur in the same texts (latent semantic analysis),
-    half at random, so that no two tokens are alike. The directions for the token before stay empty.
+    half at random, so that no two tokens are alike. The directions for other tokens stay empty.
 
     Tokens that the texts lack get a random meaning.
     """
@@ -127,12 +143,16 @@ def token_vectors(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], part
     return EMBEDDING_NORM * _unit(vectors_VD)
 
 
-def reading_layers(layers: dict, config: DecoderConfig, parts: Parts, mark_D: np.ndarray, seed: int) -> dict:
+def reading_layers(
+    layers: dict, config: DecoderConfig, parts: Parts, mark_D: np.ndarray, line_step: int, seed: int
+) -> dict:
     """The layers with attention that begins as reading. The first query head of each key head gets a task:
 
-    - first layer, last key head: looks one token back, whatever is there, and writes down which token that is;
+    - first layer, last key head: looks one token back, whatever is there, and writes down which token that is. Its
+      second query head, where there is one, does so ``line_step`` tokens back;
     - second layer: looks for a token after one equal to the present token, and copies it. The second query head of
       each key head, where there is one, copies what comes after ``mark_D``: the first words of signals;
+    - third layer: looks for the first word of the line after the one that ends with the token before, and copies it;
     - elsewhere: looks for tokens like the present one and adds a little of them.
 
     Queries and keys meet in the slowly rotating directions of a head alone: in the others, what two tokens have in
@@ -167,8 +187,12 @@ def reading_layers(layers: dict, config: DecoderConfig, parts: Parts, mark_D: np
             brought = shuffled[(k * H + np.arange(min(H, len(shuffled)))) % len(shuffled)]
             if layer == 0 and k == K - 1:
                 query_LDNH[0, :, k * (N // K)], key_LDKH[0, :, k] = 0, 0
-                query_bias_LNH[0, k * (N // K)], key_bias_LKH[0, k] = _one_back(config), _one_back(config, steps=0)
+                query_bias_LNH[0, k * (N // K)], key_bias_LKH[0, k] = _steps_back(config, 1), _steps_back(config, 0)
                 bring(0, k, sketch, parts.before, BEFORE_GAIN)
+                if N // K > 1:
+                    n = k * (N // K) + 1
+                    query_LDNH[0, :, n], query_bias_LNH[0, n] = 0, _steps_back(config, line_step)
+                    out_LNHD[0, n, np.arange(len(sketch)), parts.line_end] = BEFORE_GAIN
             elif layer == 1:
                 match(1, k, sketch, parts.before, MATCH_STRENGTH)
                 heads = min(N // K, 2)
@@ -176,6 +200,9 @@ def reading_layers(layers: dict, config: DecoderConfig, parts: Parts, mark_D: np
                 if heads == 2:
                     query_LDNH[1, :, k * (N // K) + 1] = 0
                     query_bias_LNH[1, k * (N // K) + 1, slow] = MARK_STRENGTH * mark_D[sketch]
+            elif layer == 2:
+                match(2, k, parts.before, parts.line_end, POINT_STRENGTH)
+                bring(2, k, brought, brought, COPY_GAIN)
             else:
                 alike = sketch if layer and k == 0 else parts.meaning[: len(slow)]
                 match(layer, k, alike, alike, 1.0)
@@ -188,6 +215,10 @@ def reading_layers(layers: dict, config: DecoderConfig, parts: Parts, mark_D: np
     changed["k_proj"]["bias"] = jnp.asarray(key_bias_LKH.reshape(L, K * H))
     changed["down_proj"] = jax.tree.map(jnp.zeros_like, layers["down_proj"])
     return {**layers, **changed}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -206,8 +237,8 @@ def _slow(config: DecoderConfig) -> np.ndarray:
     return np.concatenate([slow, slow + config.head_dim // 2])
 
 
-def _one_back(config: DecoderConfig, steps: int = 1) -> np.ndarray:
-    """A query bias [H] whose product with the key bias (``steps`` 0) peaks, after rotation, at the token before."""
+def _steps_back(config: DecoderConfig, steps: int) -> np.ndarray:
+    """A query bias [H] whose product with the key bias (``steps`` 0) peaks, after rotation, ``steps`` tokens before."""
     frequency = _frequency(config)
     # Only the fast rotations tell one position from the next.
     strength = np.where(frequency > LOOK_BACK_LEAST_FREQUENCY, LOOK_BACK_STRENGTH, 0.0)

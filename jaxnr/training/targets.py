@@ -1,9 +1,10 @@
 """What supervised steps imitate: for the warm start, the users' own signals; for distillation, the teacher's lists.
 
-A model that begins from nothing is to stand where a pretrained, prompted language model would: it knows the format,
-which texts go together and what the news calls things, and nothing of the rewards. It learns that from the training
-split alone, without labels. A list is made of random signals of the user, noise and all, each said as a search query
-either in its own words or in those of an article like it.
+A model that begins from nothing is to stand where a pretrained, prompted language model would: it knows the format and
+can read its prompt, and nothing of the rewards. It learns that from the training split alone, without labels. A list is
+a stretch of the user's signals in the order of the prompt, noise and all, each said as a search query in its own
+telling words. Signals in random order would teach the same format, but after each query all of them would be equally
+likely to be next, and a small model's first words are then mostly words of nobody's.
 """
 
 from __future__ import annotations
@@ -19,17 +20,9 @@ from jaxnr.data.examples import Example
 from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import encode_completion
-from jaxnr.retrieval.embedder import Embedder
-from jaxnr.rewards.rubric import FACET_WORDS
 from jaxnr.rewards.specificity import TermStatistics, telling_words
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
-
-PARAPHRASED = 0.5
-"""Share of the queries that are made of an article's words."""
-
-LIKE_ARTICLES = 3
-"""Articles that may stand for a signal: about as many as there are on one subject at a time."""
 
 
 class Target(NamedTuple):
@@ -39,48 +32,22 @@ class Target(NamedTuple):
     lists: tuple[tuple[str, ...], ...]
 
 
-class Paraphrases(NamedTuple):
-    """What it takes to say a signal as a search query."""
-
-    titles: dict[str, tuple[str, ...]]
-    """Signal text to the titles of the articles most like it."""
-    statistics: TermStatistics
-
-
-def paraphrases(
-    texts: list[str], titles: list[str], articles_IE: np.ndarray, embedder: Embedder, statistics: TermStatistics
-) -> Paraphrases:
-    """The articles nearest to each text, among ``titles`` with vectors ``articles_IE``."""
-    texts = list(dict.fromkeys(texts))
-    nearest: dict[str, tuple[str, ...]] = {}
-    for start in range(0, len(texts), 1024):  # scores of 1024 texts at a time
-        chunk = texts[start : start + 1024]
-        about = [telling_words(text, statistics, FACET_WORDS) for text in chunk]
-        rows_NK = np.argsort(-(embedder.embed_queries(about) @ articles_IE.T), axis=1, kind="stable")[:, :LIKE_ARTICLES]
-        for text, rows_K in zip(chunk, rows_NK, strict=True):
-            nearest[text] = tuple(titles[row] for row in rows_K)
-    return Paraphrases(nearest, statistics)
-
-
 def warm_start_target(
-    example: Example, config: PromptConfig, group_size: int, known: Paraphrases, rng: np.random.Generator
+    example: Example, config: PromptConfig, group_size: int, terms: TermStatistics, rng: np.random.Generator
 ) -> Target:
-    """Lists of random signals of the user."""
+    """Stretches of the user's signals, each of a random length and from a random one on."""
     pool = [signal.text for signal in example.signals]
-    return Target(example, tuple(_random_list(pool, config, known, rng) for _ in range(group_size)))
+    return Target(example, tuple(_stretch(pool, config, terms, rng) for _ in range(group_size)))
 
 
-def _random_list(
-    pool: list[str], config: PromptConfig, known: Paraphrases, rng: np.random.Generator
+def _stretch(
+    pool: Sequence[str], config: PromptConfig, terms: TermStatistics, rng: np.random.Generator
 ) -> tuple[str, ...]:
-    wanted = int(rng.integers(config.min_queries, config.max_queries + 1))
-    texts = (pool[row] for row in rng.permutation(len(pool))[: 2 * wanted])  # some to spare for repeated queries
-    said = [
-        str(rng.choice(known.titles[text])) if rng.random() < PARAPHRASED and text in known.titles else text
-        for text in texts
-    ]
+    shortest = max(config.min_queries, config.max_queries // 2)  # short lists say little of a user
+    wanted = int(rng.integers(shortest, config.max_queries + 1))
+    start = int(rng.integers(max(len(pool) - wanted, 0) + 1))
     words = config.signal_words or config.max_query_words
-    return queries_from([telling_words(text, known.statistics, words) for text in said], config, wanted)
+    return queries_from([telling_words(text, terms, words) for text in pool[start:]], config, wanted)
 
 
 def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tuple[str, ...]:
@@ -114,9 +81,7 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
     return ids[:budget]
 
 
-def warm_start_batches(
-    policy: Policy, group_size: int, known: Paraphrases, seed: int
-) -> Callable[[Sequence[Example], int], Batch]:
+def warm_start_batches(policy: Policy, group_size: int, seed: int) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone."""
 
     def batch(examples: Sequence[Example], step: int) -> Batch:
@@ -124,7 +89,7 @@ def warm_start_batches(
         return place_targets(
             policy,
             [
-                warm_start_target(example, policy.prompt, group_size, known, rng)
+                warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng)
                 for example, rng in zip(examples, draws, strict=True)
             ],
         )

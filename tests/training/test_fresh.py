@@ -27,19 +27,21 @@ def tokenizer(tmp_path_factory, texts):
     return train_tokenizer(texts, 500, tmp_path_factory.mktemp("tokenizer"))
 
 
-PARTS = Parts(np.arange(0, 12), np.arange(12, 20), np.arange(20, 24))
+PARTS = Parts(np.arange(0, 10), np.arange(10, 16), np.arange(16, 20), np.arange(20, 24))
 
 
-def test_all_vectors_have_one_length_and_leave_room_for_the_token_before(tokenizer, texts):
+def test_all_vectors_have_one_length_and_leave_room_for_other_tokens(tokenizer, texts):
     vectors_VD = token_vectors(tokenizer, texts, PARTS, seed=1)
     assert vectors_VD.shape == (len(tokenizer), 24)
     assert vectors_VD.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors_VD, axis=1), EMBEDDING_NORM, rtol=1e-5)
-    assert not vectors_VD[:, PARTS.before].any()
+    assert not vectors_VD[:, np.concatenate([PARTS.before, PARTS.line_end])].any()
 
 
 def test_words_of_the_same_texts_mean_more_alike_than_others(tokenizer, texts):
-    parts = Parts(np.arange(4), np.arange(4, 8), np.arange(8, 10))  # fewer directions than words: they are shared
+    parts = Parts(
+        np.arange(4), np.arange(4, 6), np.arange(6, 8), np.arange(8, 10)
+    )  # fewer directions than words: they are shared
     vectors_VD = token_vectors(tokenizer, texts, parts, seed=1)
     rows = [[tokenizer(f" {word}")["input_ids"][-1] for word in subject.split()[:3]] for subject in SUBJECTS]
     assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for subject in SUBJECTS for word in subject.split()[:3])
@@ -64,8 +66,8 @@ def test_the_parts_are_all_of_the_stream_and_a_sketch_fits_where_the_token_befor
     parts = stream_parts(dataclasses.replace(SMALL, hidden_size=D, head_dim=H))
     assert np.concatenate(parts).tolist() == list(range(D))
     assert all(len(part) for part in parts)
-    assert len(parts.sketch) == len(parts.before)
-    assert not set(parts.sketch.tolist()) & set(parts.before.tolist())
+    assert len(parts.sketch) == len(parts.before) == len(parts.line_end)
+    assert not set(parts.sketch.tolist()) & {*parts.before.tolist(), *parts.line_end.tolist()}
 
 
 @pytest.mark.parametrize(("num_kv_heads", "share"), [(1, 0.4), (2, 0.8), (4, 0.8)])  # one head copies 32 of 128 parts
@@ -89,30 +91,49 @@ def test_an_untied_head_begins_as_the_token_vectors(tokenizer, texts):
     np.testing.assert_array_equal(params["lm_head"], params["embed_tokens"]["embedding"])
 
 
-def test_one_head_of_the_first_layer_looks_one_token_back_whatever_is_there():
+@pytest.mark.parametrize(("head", "steps"), [(2, 1), (3, 4)])  # the two of the last of two groups
+def test_two_heads_of_the_first_layer_look_back_whatever_is_there(head, steps):
     config = SMALL
     parts = stream_parts(config)
     params = init_params(Decoder(config), jax.random.key(0))
-    layers = reading_layers(params["layers"], config, parts, np.zeros(config.hidden_size), seed=0)
+    layers = reading_layers(params["layers"], config, parts, np.zeros(config.hidden_size), 4, seed=0)
     H = config.head_dim
-    assert not layers["q_proj"]["kernel"].reshape(2, -1, 4, H)[0, :, 2].any()  # first query head of the last of two
+    assert not layers["q_proj"]["kernel"].reshape(2, -1, 4, H)[0, :, head].any()
     assert not layers["k_proj"]["kernel"].reshape(2, -1, 2, H)[0, :, 1].any()
-    query, key = layers["q_proj"]["bias"][0].reshape(4, H)[2], layers["k_proj"]["bias"][0].reshape(2, H)[1]
+    query, key = layers["q_proj"]["bias"][0].reshape(4, H)[head], layers["k_proj"]["bias"][0].reshape(2, H)[1]
     position = jnp.arange(12)
     query, key = (
         rotate(jnp.broadcast_to(bias, (12, 1, H)), position, config.rope_theta)[:, 0] for bias in (query, key)
     )
     scores = np.asarray(query @ key.T)
-    for now in range(1, 12):
-        assert scores[now, : now + 1].argmax() == now - 1
+    for now in range(steps, 12):
+        assert scores[now, : now + 1].argmax() == now - steps
+
+
+def test_a_fresh_model_finds_the_line_after_the_one_it_has_read(tokenizer, texts):
+    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
+    params = fresh_params(Decoder(config), tokenizer, texts, seed=0)
+    words = [tokenizer(f" {word}")["input_ids"][0] for subject in SUBJECTS for word in subject.split()]
+    label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        lines = rng.permutation(words)[:12].reshape(4, 3)
+        line = rng.integers(3)
+        prompt = np.concatenate([np.concatenate([label, words]) for words in lines])
+        tokens = np.concatenate([prompt, lines[line], [end]])[None]
+        hidden_BSD = Decoder(config).apply({"params": params}, tokens, np.ones_like(tokens, bool))
+        logits_V = np.asarray(hidden_BSD[0, -1] @ head_VD(params).T)
+        found.append(lines[:, 0][logits_V[lines[:, 0]].argmax()] == lines[line + 1, 0])
+    assert np.mean(found) > 0.6  # of four first words
 
 
 def test_what_would_cover_the_reading_with_noise_starts_at_zero():
     params = init_params(Decoder(SMALL), jax.random.key(0))
-    layers = reading_layers(params["layers"], SMALL, stream_parts(SMALL), np.zeros(SMALL.hidden_size), seed=0)
+    layers = reading_layers(params["layers"], SMALL, stream_parts(SMALL), np.zeros(SMALL.hidden_size), 4, seed=0)
     assert not layers["down_proj"]["kernel"].any()
     out_LNHD = layers["o_proj"]["kernel"].reshape(2, 4, SMALL.head_dim, -1)
-    assert not out_LNHD[0, [1, 3]].any()  # the second head of each group of the first layer has no task
+    assert not out_LNHD[0, 1].any()  # the second head of the first group of the first layer has no task
     assert jax.tree.map(jnp.shape, layers) == jax.tree.map(jnp.shape, params["layers"])
     for name in ("gate_proj", "up_proj", "input_layernorm", "post_attention_layernorm"):
         jax.tree.map(np.testing.assert_array_equal, layers[name], params["layers"][name])
