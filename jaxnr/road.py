@@ -91,7 +91,7 @@ class Road:
     def policy(self, shape: str) -> Policy:
         """The decoder of ``shape`` ("teacher" or "student") with its sampler."""
         config: ModelConfig = getattr(self.config, shape)
-        model = Decoder(decoder_config(config, len(self.tokenizer)))
+        model = Decoder(decoder_config(config, len(self.tokenizer)), remat=config.remat)
         return make_policy(model, self.tokenizer, self.config.prompt, self.mesh, self.signal_terms)
 
     def has_trained(self, stage: str) -> bool:

@@ -34,11 +34,18 @@ class EncodedPrompt(NamedTuple):
 
 
 def as_shown(example: Example, terms: TermStatistics, words: int) -> Example:
-    """The example with its signals as a prompt shows them: at most ``words`` telling words each, 0 for whole texts."""
+    """The example with its signals as a prompt shows them: at most ``words`` telling words each, 0 for whole texts.
+
+    Of signals with the same telling words the latest is shown: a line that stands twice has no one line after it.
+    """
     if not words:
         return example
-    shown = (signal._replace(text=telling_words(signal.text, terms, words)) for signal in example.signals)
-    return example._replace(signals=tuple(shown))
+    shown: dict[str, Signal] = {}
+    for signal in example.signals:
+        text = telling_words(signal.text, terms, words)
+        shown.pop(text, None)
+        shown[text] = signal._replace(text=text)
+    return example._replace(signals=tuple(shown.values()))
 
 
 def render_signals(signals: Sequence[Signal]) -> str:

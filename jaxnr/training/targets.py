@@ -19,8 +19,8 @@ from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example
 from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
-from jaxnr.prompting.prompt import encode_completion
-from jaxnr.rewards.specificity import TermStatistics, telling_words
+from jaxnr.prompting.prompt import as_shown, encode_completion
+from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
@@ -36,18 +36,16 @@ def warm_start_target(
     example: Example, config: PromptConfig, group_size: int, terms: TermStatistics, rng: np.random.Generator
 ) -> Target:
     """Stretches of the user's signals, each of a random length and from a random one on."""
-    pool = [signal.text for signal in example.signals]
-    return Target(example, tuple(_stretch(pool, config, terms, rng) for _ in range(group_size)))
+    shown = as_shown(example, terms, config.signal_words or config.max_query_words).signals
+    texts = queries_from([signal.text for signal in shown], config, len(shown))
+    return Target(example, tuple(_stretch(texts, config, rng) for _ in range(group_size)))
 
 
-def _stretch(
-    pool: Sequence[str], config: PromptConfig, terms: TermStatistics, rng: np.random.Generator
-) -> tuple[str, ...]:
+def _stretch(texts: tuple[str, ...], config: PromptConfig, rng: np.random.Generator) -> tuple[str, ...]:
     shortest = max(config.min_queries, config.max_queries // 2)  # short lists say little of a user
     wanted = int(rng.integers(shortest, config.max_queries + 1))
-    start = int(rng.integers(max(len(pool) - wanted, 0) + 1))
-    words = config.signal_words or config.max_query_words
-    return queries_from([telling_words(text, terms, words) for text in pool[start:]], config, wanted)
+    start = int(rng.integers(max(len(texts) - wanted, 0) + 1))
+    return texts[start : start + wanted]
 
 
 def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example, Signal
 from jaxnr.errors import InputError
-from jaxnr.prompting.prompt import EncodedPrompt, encode_prompt, pad_prompts, render_signals
+from jaxnr.prompting.prompt import EncodedPrompt, as_shown, encode_prompt, pad_prompts, render_signals
 from jaxnr.prompting.tokenizer import END, PAD, START, train_tokenizer
+from jaxnr.rewards.specificity import TermStatistics
 
 CFG = PromptConfig(max_prompt_tokens=120)
 
@@ -24,6 +25,15 @@ def tokenizer(tmp_path_factory):
 
 def example_of(*texts: str, domain: str = "search") -> Example:
     return Example(0, "u", 100, tuple(Signal(t, domain, text, None) for t, text in enumerate(texts)), (), ())
+
+
+def test_signals_are_shown_by_their_telling_words_the_latest_of_equal_ones():
+    texts = ["the hurricane florida", "rowing regatta river", "hurricane florida"]
+    terms = TermStatistics.fit([*texts, "battery factory prices"])
+    example = example_of(*texts)
+    assert as_shown(example, terms, 0) == example
+    shown = as_shown(example, terms, 2).signals
+    assert [(signal.timestamp, signal.text) for signal in shown] == [(1, "rowing regatta"), (2, "hurricane florida")]
 
 
 def test_signals_are_labelled_lines_in_order():

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from jaxnr.errors import InputError
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import encode_completion
-from jaxnr.prompting.tokenizer import END, PAD, START, load_tokenizer, train_tokenizer
+from jaxnr.prompting.tokenizer import END, PAD, PIECES, START, load_tokenizer, train_tokenizer
 
 TEXTS = [f"search: {a} {b}" for a in ("storm", "rowing", "electric car") for b in ("florida", "results", "prices")]
 TEXTS += [format_list([text, "news café 2026"]) for text in TEXTS]
@@ -59,6 +59,14 @@ def test_special_tokens_are_the_first_ids(tokenizer):
 
 def test_frequent_words_are_one_token(tokenizer):
     assert len(tokenizer(" florida")["input_ids"]) == 1
+
+
+def test_the_vocabulary_is_bytes_pieces_and_whole_words(tmp_path):
+    words = [f"{a}{b}{c}" for a in ("storm", "river", "market") for b in ("light", "house", "fall") for c in "abcdefgh"]
+    texts = [f" {one} {two}" for one in words for two in words]
+    tokenizer = train_tokenizer(texts, 256 + 3 + PIECES + len(words), tmp_path)
+    assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in words)
+    assert len(tokenizer(" stormlightz")["input_ids"]) > 1
 
 
 def test_chat_template_is_chatml(tokenizer):

@@ -13,7 +13,7 @@ from tiny import UNOPTIMISED, left_padded, quick, random_params, tiny_decoder
 from jaxnr.config import MeshConfig
 from jaxnr.mesh import batch_sharding, make_mesh, tree_shardings
 from jaxnr.models.decoder import head_VD
-from jaxnr.sampling.sampler import SamplingSettings, choose, filtered, make_sampler
+from jaxnr.sampling.sampler import SamplingSettings, choose, filtered, inverse_transform, make_sampler
 from jaxnr.training.losses import token_logprobs
 
 MODEL = tiny_decoder()
@@ -254,3 +254,16 @@ def test_choose_takes_a_token_of_positive_probability_at_every_boundary_of_a_lon
     edges = np.concatenate([np.nextafter(edges, np.float32(0)), edges, np.nextafter(edges, np.float32(2))])
     uniforms = np.clip(edges, 0, np.float32(1 - 2.0**-24)).astype(np.float32)
     assert (probability_of_choice(jnp.tile(logits, (len(uniforms), 1)), uniforms, limits) > 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 17, 1000])  # one block, whole blocks, and a last one that is not full
+def test_inverse_transform_is_the_search_in_the_running_sum(size):
+    rng = np.random.default_rng(size)
+    masses = rng.integers(0, 5, (200, size)).astype(np.float32)  # whole numbers: sums are exact
+    masses[:, rng.integers(size)] += 1
+    uniforms = rng.integers(0, 2**10, 200).astype(np.float32) / 2**10
+    expected = [
+        np.searchsorted(row.cumsum(), uniform * row.sum(), side="right")
+        for row, uniform in zip(masses, uniforms, strict=True)
+    ]
+    np.testing.assert_array_equal(inverse_transform(masses, uniforms), expected)

@@ -71,11 +71,10 @@ def test_lists_are_stretches_of_the_users_own_signals(seed):
         assert list(queries) == TEXTS[start : start + len(queries)]
 
 
-def test_stretches_begin_everywhere_and_have_every_length():
-    rng = np.random.default_rng(0)
-    lists = [queries for _ in range(60) for queries in warm_start_target(example_of(), CFG, 2, STATISTICS, rng).lists]
+def test_stretches_begin_everywhere_and_have_every_length_from_half_the_longest_on():
+    lists = warm_start_target(example_of(), CFG, 100, STATISTICS, np.random.default_rng(0)).lists
     assert {len(queries) for queries in lists} == {2, 3, 4}
-    assert {queries[-1] for queries in lists} >= set(TEXTS[1:])
+    assert {queries[-1] for queries in lists} >= set(TEXTS[3:])
     assert {queries[0] for queries in lists} >= set(TEXTS[:-4])
 
 
