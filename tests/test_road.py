@@ -112,7 +112,7 @@ def test_a_run_leaves_nothing_half_written(run):
     assert not [path for path in run.rglob("*") if "partial" in path.name or "tmp" in path.name]
 
 
-def test_resuming_a_finished_run_does_nothing(run, monkeypatch):
+def test_resuming_a_finished_run_does_nothing(run, surroundings, monkeypatch):
     def refuse(*_):
         raise AssertionError("ran again")
 

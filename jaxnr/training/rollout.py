@@ -63,7 +63,7 @@ def make_policy(
 ) -> Policy:
     """Bundles a model with its tokenizer and its jitted sampler."""
     sampler = make_sampler(
-        model,
+        model,  # pyright: ignore[reportArgumentType]  # flax modules are hashable by their fields
         max_new_tokens=prompt.max_new_tokens,
         vocabulary_size=len(tokenizer),
         pad_id=cast(int, tokenizer.pad_token_id),

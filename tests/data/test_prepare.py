@@ -17,6 +17,7 @@ from jaxnr.data.prepare import article_texts, embed_unique, known_texts, open_re
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
 from jaxnr.mesh import make_mesh
+from jaxnr.prompting.prompt import as_shown, encode_prompt
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.specificity import TermStatistics
 
@@ -116,12 +117,16 @@ def test_prompts_that_lose_signals_are_counted(prepared):
     splits = {split: list(load(prepared / "data" / "examples", split)) for split in ("train", "valid", "test")}
     counted = json.loads((prepared / "data" / "report.json").read_text())["prompts_shortened"]
     assert counted.keys() == splits.keys()
-    terms, tokenizer = (
-        TermStatistics.load(prepared / "retrieval" / "signal_terms.json"),
-        load_tokenizer(prepared / "tokenizer"),
-    )
-    for tokens, expected in ((60, len(splits["test"])), (2000, 0)):
-        config = dataclasses.replace(CONFIG.prompt, max_prompt_tokens=tokens, prompt_buckets=(tokens,))
+    terms = TermStatistics.load(prepared / "retrieval" / "signal_terms.json")
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    roomy = dataclasses.replace(CONFIG.prompt, max_prompt_tokens=2000, prompt_buckets=(2000,))
+    shown = [as_shown(example, terms, roomy.signal_words) for example in splits["test"]]
+    longer = sum(len(encode_prompt(tokenizer, example, roomy).ids) > 60 for example in shown)
+    assert longer > 0
+    for config, expected in (
+        (roomy, 0),
+        (dataclasses.replace(roomy, max_prompt_tokens=60, prompt_buckets=(60,)), longer),
+    ):
         assert shortened_prompts(splits["test"], terms, config, tokenizer) == expected
 
 

@@ -29,7 +29,7 @@ def example_of(*texts: str, domain: str = "search") -> Example:
 
 def test_signals_are_shown_by_their_telling_words_the_latest_of_equal_ones():
     texts = ["the hurricane florida", "rowing regatta river", "hurricane florida"]
-    terms = TermStatistics.fit([*texts, "battery factory prices"])
+    terms = TermStatistics.fit([*texts, *["the battery factory prices"] * 20])
     example = example_of(*texts)
     assert as_shown(example, terms, 0) == example
     shown = as_shown(example, terms, 2).signals
