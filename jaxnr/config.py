@@ -57,7 +57,7 @@ class ModelConfig:
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     remat: bool = False
-    """Compute activations again for the gradients: a third more time, for the memory of one layer instead of all."""
+    """Compute activations again for the gradients: a third more arithmetic, for the memory of one layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
