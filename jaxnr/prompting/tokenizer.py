@@ -99,7 +99,7 @@ def _frequent_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
-    """A tokenizer of one token a word wherever it stands: in a headline or a query, first in a string or not.
+    """A tokenizer to which a word is one and the same wherever it stands after a blank or a quote, capital or not.
 
     Small models have neither the vocabulary for all variants nor the steps to learn that they are one word. Only case
     and the blank after an opening quote are lost, and retrieval and parser see neither.
