@@ -7,11 +7,11 @@ that a model reads its prompt from the first step on and a warm start of a minut
 topics.
 
 A list is more than one signal: after a query the model has to find the next signal. For that a token also knows, by
-its distance, the last word of the line before its own, so that the end of a query points to the first word of the line
-after the one that was read.
+its distance, the last two words of the line before its own, so that the last two words of a query point to the first
+word of the line after the one that was read. One word would not do: many a line ends with a word that ends another.
 
-Four parts of the residual stream make room for that: what a token means, which token it is, which token is before it,
-and which one ended the line before. Everything that would cover them with noise, the feed-forward and the other heads,
+Four parts of the residual stream make room for that: what a token means, which token it is, which two are before it,
+and which two ended the line before. Everything that would cover them with noise, the feed-forward and the other heads,
 starts with outputs of zero.
 """
 
@@ -58,6 +58,10 @@ BEFORE_GAIN, COPY_GAIN, ALIKE_GAIN = 0.52, 1.36, 0.4
 """What heads add to the stream: the token before, about as much as the token itself; a copied token, more than that;
 and tokens alike, a little."""
 
+FURTHER_SHARE, FURTHER_SHIFT = 0.8, 7
+"""The token two before is added with this share of the gain, its directions rolled on by so many: the same token in
+both places is not to look the same."""
+
 FAR = 150
 """Tokens: as far apart as equal tokens of one prompt may be."""
 
@@ -65,7 +69,7 @@ FAR = 150
 class Parts(NamedTuple):
     """Which directions of the residual stream stand for what: indices, together all D.
 
-    ``before``: of the token before. ``line_end``: of the token that stands where the line before ends, as seen from the
+    ``before``: of the two tokens before. ``line_end``: of the two tokens that end the line before, as seen from the
     first word of a line.
     """
 
@@ -149,10 +153,11 @@ def reading_layers(
     """The layers with attention that begins as reading. The first query head of each key head gets a task:
 
     - first layer, last key head: looks one token back, whatever is there, and writes down which token that is. Its
-      second query head, where there is one, does so ``line_step`` tokens back;
+      second query head, where there is one, does so ``line_step`` tokens back. The key head before it, where there is
+      one, looks one token further back than both;
     - second layer: looks for a token after one equal to the present token, and copies it. The second query head of
       each key head, where there is one, copies what comes after ``mark_D``: the first words of signals;
-    - third layer: looks for the first word of the line after the one that ends with the token before, and copies it;
+    - third layer: looks for the first word of the line after the one that ends with the tokens before, and copies it;
     - elsewhere: looks for tokens like the present one and adds a little of them.
 
     Queries and keys meet in the slowly rotating directions of a head alone: in the others, what two tokens have in
@@ -185,14 +190,17 @@ def reading_layers(
         for k in range(K):
             # Each key head brings other directions, as far as there are others.
             brought = shuffled[(k * H + np.arange(min(H, len(shuffled)))) % len(shuffled)]
-            if layer == 0 and k == K - 1:
+            if layer == 0 and k >= K - 2:
+                further = K - 1 - k
+                shift, gain = FURTHER_SHIFT * further, BEFORE_GAIN * FURTHER_SHARE**further
                 query_LDNH[0, :, k * (N // K)], key_LDKH[0, :, k] = 0, 0
-                query_bias_LNH[0, k * (N // K)], key_bias_LKH[0, k] = _steps_back(config, 1), _steps_back(config, 0)
-                bring(0, k, sketch, parts.before, BEFORE_GAIN)
+                query_bias_LNH[0, k * (N // K)] = _steps_back(config, 1 + further)
+                key_bias_LKH[0, k] = _steps_back(config, 0)
+                bring(0, k, sketch, np.roll(parts.before, shift), gain)
                 if N // K > 1:
                     n = k * (N // K) + 1
-                    query_LDNH[0, :, n], query_bias_LNH[0, n] = 0, _steps_back(config, line_step)
-                    out_LNHD[0, n, np.arange(len(sketch)), parts.line_end] = BEFORE_GAIN
+                    query_LDNH[0, :, n], query_bias_LNH[0, n] = 0, _steps_back(config, line_step + further)
+                    out_LNHD[0, n, np.arange(len(sketch)), np.roll(parts.line_end, shift)] = gain
             elif layer == 1:
                 match(1, k, sketch, parts.before, MATCH_STRENGTH)
                 heads = min(N // K, 2)
