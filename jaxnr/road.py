@@ -190,7 +190,7 @@ def warm_start(road: Road) -> None:
             fresh_params(policy.model, road.tokenizer, texts, 2 * road.config.seed + offset),
             config,
             config.steps,
-            warm_start_batches(policy, config.group_size, road.config.seed),
+            warm_start_batches(policy, config.group_size, road.config.seed, reading_steps=config.steps * 2 // 3),
             source=train,
         )
 

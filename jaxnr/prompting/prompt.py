@@ -1,4 +1,4 @@
-"""From an example to the token ids that the policy reads: a chat of one user message, the signals oldest first."""
+"""From an example to the token ids that the policy reads: a chat of one user message, the latest signal first."""
 
 from __future__ import annotations
 
@@ -34,18 +34,24 @@ class EncodedPrompt(NamedTuple):
 
 
 def as_shown(example: Example, terms: TermStatistics, words: int) -> Example:
-    """The example with its signals as a prompt shows them: at most ``words`` telling words each, 0 for whole texts.
+    """The example with its signals as a prompt shows them, the latest first: at most ``words`` telling words each, or
+    whole texts where that is 0.
 
-    Of signals with the same telling words the latest is shown: a line that stands twice has no one line after it.
+    Of signals that share two telling words, or all the words of one, the latest alone is shown. They are on one
+    subject, and a reader who goes from line to line would lose the place where two lines look alike.
     """
+    latest_first = example.signals[::-1]
     if not words:
-        return example
-    shown: dict[str, Signal] = {}
-    for signal in example.signals:
+        return example._replace(signals=latest_first)
+    shown: list[Signal] = []
+    shown_words: list[set[str]] = []
+    for signal in latest_first:
         text = telling_words(signal.text, terms, words)
-        shown.pop(text, None)
-        shown[text] = signal._replace(text=text)
-    return example._replace(signals=tuple(shown.values()))
+        its_words = set(text.casefold().split())
+        if all(len(its_words & others) < min(2, len(its_words), len(others)) for others in shown_words):
+            shown.append(signal._replace(text=text))
+            shown_words.append(its_words)
+    return example._replace(signals=tuple(shown))
 
 
 def render_signals(signals: Sequence[Signal]) -> str:
@@ -54,7 +60,7 @@ def render_signals(signals: Sequence[Signal]) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: PromptConfig) -> EncodedPrompt:
-    """The prompt of an example, without its oldest signals as far as it would be longer than `max_prompt_tokens`.
+    """The prompt of an example, without its last signals as far as it would be longer than `max_prompt_tokens`.
 
     Names of special tokens inside a signal are broken up, so nothing that a user typed or read can end a turn or open
     another. Raises InputError where the instructions alone are too long.
@@ -67,11 +73,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
             f"prompt.max_prompt_tokens is {cfg.max_prompt_tokens}, but prompt.instructions and the chat template of "
             f"the tokenizer take {fixed} tokens before any signal: raise the former or shorten the instructions."
         )
-    dropped = _lines_over(tokenizer, lines, cfg.max_prompt_tokens - fixed)
+    kept = _lines_within(tokenizer, lines, cfg.max_prompt_tokens - fixed)
     # Lengths of single lines add up exactly for byte-level tokenizers; the loop is for those that merge across lines.
-    while len(ids := _chat_ids(tokenizer, lines[dropped:], cfg)) > cfg.max_prompt_tokens:
-        dropped += 1
-    return EncodedPrompt(ids, dropped)
+    while len(ids := _chat_ids(tokenizer, lines[:kept], cfg)) > cfg.max_prompt_tokens:
+        kept -= 1
+    return EncodedPrompt(ids, len(lines) - kept)
 
 
 def pad_prompts(
@@ -125,10 +131,10 @@ def _length(tokenizer: PreTrainedTokenizerBase, line: str) -> int:
     return len(cast(list[int], tokenizer(line + "\n", add_special_tokens=False)["input_ids"]))
 
 
-def _lines_over(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], budget: int) -> int:
-    """How many of the first lines have to go for the rest to fit the budget; the last line has no line break."""
-    totals = itertools.accumulate(_length(tokenizer, line) for line in reversed(lines))
-    return len(lines) - sum(1 for _ in itertools.takewhile(lambda total: total <= budget + 1, totals))
+def _lines_within(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], budget: int) -> int:
+    """How many of the first lines fit the budget; the last line has no line break."""
+    totals = itertools.accumulate(_length(tokenizer, line) for line in lines)
+    return sum(1 for _ in itertools.takewhile(lambda total: total <= budget + 1, totals))
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,9 +2,12 @@
 
 A model that begins from nothing is to stand where a pretrained, prompted language model would: it knows the format and
 can read its prompt, and nothing of the rewards. It learns that from the training split alone, without labels. A list is
-a stretch of the user's signals in the order of the prompt, noise and all, each said as a search query in its own
+the first few lines of the prompt, the user's latest signals, noise and all, each said as a search query in its own
 telling words. Signals in random order would teach the same format, but after each query all of them would be equally
 likely to be next, and a small model's first words are then mostly words of nobody's.
+
+At first every list goes on to the last line, which teaches reading; then most lists are short. How many queries pay is
+not known before there are rewards, and a few whole lists stay for RL to find out.
 """
 
 from __future__ import annotations
@@ -24,6 +27,12 @@ from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.training.rollout import Policy, place_prompts
 from jaxnr.training.steps import Batch
 
+STOP = 0.7
+"""Chance that a list ends after a query, from the shortest allowed list on."""
+
+WHOLE = 0.04
+"""Share of the lists that end only where the prompt does, so that its end is known as one."""
+
 
 class Target(NamedTuple):
     """A prompt and G lists to imitate; they share the prompt, as completions do."""
@@ -33,19 +42,19 @@ class Target(NamedTuple):
 
 
 def warm_start_target(
-    example: Example, config: PromptConfig, group_size: int, terms: TermStatistics, rng: np.random.Generator
+    example: Example,
+    config: PromptConfig,
+    group_size: int,
+    terms: TermStatistics,
+    rng: np.random.Generator,
+    whole_share: float = WHOLE,
 ) -> Target:
-    """Stretches of the user's signals, each of a random length and from a random one on."""
+    """Lists of the user's latest signals: ``whole_share`` of them of all, the others of a random length."""
     shown = as_shown(example, terms, config.signal_words or config.max_query_words).signals
-    texts = queries_from([signal.text for signal in shown], config, len(shown))
-    return Target(example, tuple(_stretch(texts, config, rng) for _ in range(group_size)))
-
-
-def _stretch(texts: tuple[str, ...], config: PromptConfig, rng: np.random.Generator) -> tuple[str, ...]:
-    shortest = max(config.min_queries, config.max_queries // 2)  # short lists say little of a user
-    wanted = int(rng.integers(shortest, config.max_queries + 1))
-    start = int(rng.integers(max(len(texts) - wanted, 0) + 1))
-    return texts[start : start + wanted]
+    texts = queries_from([signal.text for signal in shown], config, config.max_queries)
+    whole = rng.random(group_size) < whole_share
+    lengths = np.where(whole, config.max_queries, config.min_queries - 1 + rng.geometric(STOP, group_size))
+    return Target(example, tuple(texts[:length] for length in lengths))
 
 
 def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tuple[str, ...]:
@@ -79,15 +88,21 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
     return ids[:budget]
 
 
-def warm_start_batches(policy: Policy, group_size: int, seed: int) -> Callable[[Sequence[Example], int], Batch]:
-    """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone."""
+def warm_start_batches(
+    policy: Policy, group_size: int, seed: int, reading_steps: int
+) -> Callable[[Sequence[Example], int], Batch]:
+    """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone.
+
+    In the first ``reading_steps`` all lists are whole.
+    """
 
     def batch(examples: Sequence[Example], step: int) -> Batch:
         draws = (np.random.default_rng([seed, step, example.example_id]) for example in examples)
+        whole_share = 1.0 if step < reading_steps else WHOLE
         return place_targets(
             policy,
             [
-                warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng)
+                warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
                 for example, rng in zip(examples, draws, strict=True)
             ],
         )

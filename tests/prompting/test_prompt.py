@@ -27,13 +27,35 @@ def example_of(*texts: str, domain: str = "search") -> Example:
     return Example(0, "u", 100, tuple(Signal(t, domain, text, None) for t, text in enumerate(texts)), (), ())
 
 
-def test_signals_are_shown_by_their_telling_words_the_latest_of_equal_ones():
-    texts = ["the hurricane florida", "rowing regatta river", "hurricane florida"]
+def test_signals_are_shown_by_their_telling_words_the_latest_first():
+    texts = ["the hurricane florida", "rowing regatta river", "hurricane florida coast"]
     terms = TermStatistics.fit([*texts, *["the battery factory prices"] * 20])
     example = example_of(*texts)
-    assert as_shown(example, terms, 0) == example
-    shown = as_shown(example, terms, 2).signals
-    assert [(signal.timestamp, signal.text) for signal in shown] == [(1, "rowing regatta"), (2, "hurricane florida")]
+    assert as_shown(example, terms, 0).signals == example.signals[::-1]
+    shown = as_shown(example, terms, 3).signals
+    assert [(signal.timestamp, signal.text) for signal in shown] == [
+        (2, "hurricane florida coast"),
+        (1, "rowing regatta river"),
+    ]
+
+
+WORDS = ["hurricane", "florida", "rowing", "regatta", "opera", "battery"]
+
+
+@given(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=3, unique=True), max_size=8))
+def test_of_lines_that_look_alike_the_latest_alone_is_shown(words):
+    example = example_of(*map(" ".join, words))
+    shown = as_shown(example, TermStatistics.fit(WORDS), 3).signals
+    times = [signal.timestamp for signal in shown]
+    assert times == sorted(times, reverse=True)
+
+    def alike(one: int, other: int) -> bool:
+        shared = set(words[one]) & set(words[other])
+        return len(shared) > 1 or len(shared) in (len(words[one]), len(words[other]))
+
+    for time in range(len(words)):
+        later = [other for other in times if other > time]
+        assert (time in times) == (not any(alike(time, other) for other in later))
 
 
 def test_signals_are_labelled_lines_in_order():
@@ -57,13 +79,15 @@ def test_whole_prompt(tokenizer):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.text("stormfliday 0?.é", min_size=1, max_size=30), max_size=12), st.integers(60, 200))
-def test_drops_the_fewest_oldest_signals_that_make_it_fit(tokenizer, texts, budget):
+def test_drops_the_fewest_last_signals_that_make_it_fit(tokenizer, texts, budget):
     cfg = dataclasses.replace(CFG, max_prompt_tokens=budget)
     example = example_of(*texts)
 
     def whole(dropped: int) -> list[int]:
         unlimited = dataclasses.replace(cfg, max_prompt_tokens=10**6)
-        return encode_prompt(tokenizer, example._replace(signals=example.signals[dropped:]), unlimited).ids
+        return encode_prompt(
+            tokenizer, example._replace(signals=example.signals[: len(texts) - dropped]), unlimited
+        ).ids
 
     expected = next(dropped for dropped in range(len(texts) + 1) if len(whole(dropped)) <= budget)
     assert encode_prompt(tokenizer, example, cfg) == EncodedPrompt(whole(expected), expected)

@@ -17,6 +17,8 @@ from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.training.rollout import make_policy
 from jaxnr.training.targets import (
+    STOP,
+    WHOLE,
     Target,
     place_targets,
     queries_from,
@@ -60,27 +62,31 @@ def test_queries_are_distinct_short_and_as_many_as_wanted(texts, wanted, words):
     assert list(queries) == [q for q in dict.fromkeys(" ".join(t.split()[:words]) for t in texts) if q in queries]
 
 
+LATEST_FIRST = TEXTS[::-1]
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**31 - 1))
-def test_lists_are_stretches_of_the_users_own_signals(seed):
+def test_lists_are_the_users_latest_signals(seed):
     target = warm_start_target(example_of(), CFG, 3, STATISTICS, np.random.default_rng(seed))
     assert len(target.lists) == 3
     for queries in target.lists:
         assert CFG.min_queries <= len(queries) <= CFG.max_queries
-        start = TEXTS.index(queries[0])
-        assert list(queries) == TEXTS[start : start + len(queries)]
+        assert list(queries) == LATEST_FIRST[: len(queries)]
 
 
-def test_stretches_begin_everywhere_and_have_every_length_from_half_the_longest_on():
-    lists = warm_start_target(example_of(), CFG, 100, STATISTICS, np.random.default_rng(0)).lists
-    assert {len(queries) for queries in lists} == {2, 3, 4}
-    assert {queries[-1] for queries in lists} >= set(TEXTS[3:])
-    assert {queries[0] for queries in lists} >= set(TEXTS[:-4])
+def test_most_lists_are_short_and_some_go_on_to_the_end_of_the_prompt():
+    roomy = dataclasses.replace(CFG, max_queries=len(TEXTS))
+    lists = warm_start_target(example_of(), roomy, 2000, STATISTICS, np.random.default_rng(0)).lists
+    share = np.bincount([len(queries) for queries in lists], minlength=len(TEXTS) + 1) / len(lists)
+    assert (share[: CFG.min_queries] == 0).all()
+    assert share[CFG.min_queries] == pytest.approx((1 - WHOLE) * STOP, abs=0.04)
+    assert share[len(TEXTS)] == pytest.approx(WHOLE + (1 - WHOLE) * (1 - STOP) ** 6, abs=0.03)
 
 
 def test_a_user_with_few_signals_gets_them_all():
     target = warm_start_target(example_of(texts=TEXTS[:2]), CFG, 4, STATISTICS, np.random.default_rng(0))
-    assert set(target.lists) == {tuple(TEXTS[:2])}
+    assert set(target.lists) == {(TEXTS[1], TEXTS[0])}
 
 
 def read_back(policy, batch):
@@ -116,15 +122,23 @@ def test_a_list_over_the_budget_loses_its_last_queries_and_still_ends(policy):
 
 def test_targets_depend_on_seed_step_and_example_alone(policy):
     examples = [example_of(0), example_of(1), example_of(2)]
-    batch = warm_start_batches(policy, 2, seed=5)(examples, 7)
-    turned = warm_start_batches(policy, 2, seed=5)(examples[::-1], 7)
+    batch = warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples, 7)
+    turned = warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples[::-1], 7)
     for name in ("prompt_BS", "prompt_mask_BS", "completion_BGT", "mask_BGT"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(turned, name)[::-1])
     others = [
-        warm_start_batches(policy, 2, seed=5)(examples, 8),
-        warm_start_batches(policy, 2, seed=6)(examples, 7),
+        warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples, 8),
+        warm_start_batches(policy, 4, seed=6, reading_steps=0)(examples, 7),
     ]
     assert all((other.completion_BGT != batch.completion_BGT).any() for other in others)
     rows = np.asarray(batch.completion_BGT)
     assert (rows[0] != rows[1]).any()
     assert (rows[:, 0] != rows[:, 1]).any()
+
+
+def test_the_first_steps_read_the_whole_prompt(policy):
+    make_batch = warm_start_batches(policy, 8, seed=0, reading_steps=3)
+    lists = [parse_list(text, CFG).queries for text in read_back(policy, make_batch([example_of()], 2))[0]]
+    assert lists == [tuple(LATEST_FIRST[: CFG.max_queries])] * 8
+    later = [parse_list(text, CFG).queries for text in read_back(policy, make_batch([example_of()], 3))[0]]
+    assert len({len(queries) for queries in later}) > 1
