@@ -49,7 +49,7 @@ class ModelConfig:
 
     hidden_size: int = 128
     num_layers: int = 3
-    intermediate_size: int = 256
+    intermediate_size: int = 288
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -69,14 +69,14 @@ class PromptConfig:
     """Telling words of each signal that a prompt shows, at most; 0: the whole text, which pretrained models read."""
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
-    max_prompt_tokens: int = 120
+    max_prompt_tokens: int = 112
     """Longer prompts lose their oldest signals; data/report.json counts them (`prompts_shortened`)."""
-    prompt_buckets: tuple[int, ...] = (120,)
+    prompt_buckets: tuple[int, ...] = (112,)
     """Padded prompt lengths; each program compiles once a bucket."""
-    max_new_tokens: int = 72
+    max_new_tokens: int = 80
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 3
-    max_queries: int = 16
+    max_queries: int = 18
     max_query_words: int = 6
     vocabulary_size: int = 4096
     """Of the byte-level BPE that is trained for models from scratch, at most."""
@@ -102,7 +102,7 @@ class RewardConfig:
     """Weights of the five rewards (the paper: all one), and what the alignment and the coverage are measured on."""
 
     align: float = 1.0
-    coverage: float = 4.0
+    coverage: float = 8.0
     specificity: float = 0.5
     diversity: float = 0.3
     structure: float = 1.0
@@ -126,9 +126,9 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 220
-    prompts_per_step: int = 8
-    group_size: int = 8
+    steps: int = 340
+    prompts_per_step: int = 24
+    group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3)
 
@@ -137,16 +137,16 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 95
+    steps: int = 90
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
     clip_high: float = 0.2
     temperature: float = 1.0
-    uniform_steps: int = 20
+    uniform_steps: int = 15
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
     of the chosen weights' schedule, so no more than `steps`."""
-    validate_every: int = 50
+    validate_every: int = 45
     """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=5, weight_decay=0.0)
 
@@ -159,7 +159,7 @@ class DistillConfig:
     prompts_per_step: int = 16
     group_size: int = 4
     temperature: float = 1.0
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,14 +198,14 @@ class Config:
     reward: RewardConfig = RewardConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
-        hidden_size=48, num_layers=3, intermediate_size=56, num_heads=2, num_kv_heads=1, head_dim=32
+        hidden_size=48, num_layers=3, intermediate_size=16, num_heads=4, num_kv_heads=2, head_dim=32
     )
     warm_start: SftConfig = SftConfig()
     grpo: GrpoConfig = GrpoConfig()
     teacher_lists: int = 2
     """Lists that the teacher samples a training prompt for supervised distillation."""
     supervised: SftConfig = SftConfig(
-        steps=120, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=3e-3)
+        steps=160, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=2e-3)
     )
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
