@@ -72,11 +72,6 @@ def _problems(config: Config) -> Iterator[str]:
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
             yield f"`{name}.num_heads` is {model.num_heads}, expected a multiple of its {model.num_kv_heads} key heads"
-        if model.num_kv_heads * model.head_dim > model.hidden_size:
-            yield (
-                f"`{name}.num_kv_heads` times `head_dim` is {model.num_kv_heads * model.head_dim}, expected at most "
-                f"`hidden_size`, {model.hidden_size}: the warm start's attention begins on orthogonal directions"
-            )
         if model.head_dim % 2:
             yield f"`{name}.head_dim` is {model.head_dim}, expected an even number: rotary embeddings turn pairs"
     if config.grpo.group_size < 2:
