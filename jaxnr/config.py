@@ -69,9 +69,9 @@ class PromptConfig:
     """Telling words of each signal that a prompt shows, at most; 0: the whole text, which pretrained models read."""
     reasoning: bool = False
     """Ask for a reasoning block before the list (models that can reason)."""
-    max_prompt_tokens: int = 112
+    max_prompt_tokens: int = 120
     """Longer prompts lose their oldest signals; data/report.json counts them (`prompts_shortened`)."""
-    prompt_buckets: tuple[int, ...] = (112,)
+    prompt_buckets: tuple[int, ...] = (120,)
     """Padded prompt lengths; each program compiles once a bucket."""
     max_new_tokens: int = 80
     """Generation budget, the L of Dr.GRPO."""
@@ -126,7 +126,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 340
+    steps: int = 300
     prompts_per_step: int = 24
     group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -137,7 +137,7 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 90
+    steps: int = 70
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
@@ -146,7 +146,7 @@ class GrpoConfig:
     uniform_steps: int = 15
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
     of the chosen weights' schedule, so no more than `steps`."""
-    validate_every: int = 45
+    validate_every: int = 35
     """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=5, weight_decay=0.0)
 

@@ -22,7 +22,7 @@ from jaxnr.config import Config, ModelConfig, RewardConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
-from jaxnr.data.prepare import known_texts, open_rewards, prepare_data
+from jaxnr.data.prepare import known_texts, known_words, open_rewards, prepare_data
 from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
@@ -180,6 +180,7 @@ def warm_start(road: Road) -> None:
     t1, _ = split_times(road.tables, road.config.data)
     # Single texts say which words go together in one stream; a user's signals side by side, which go together across.
     texts = known_texts(road.tables, train, t1)
+    words = known_words(texts, road.signal_terms)
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
     for offset, shape in enumerate(("teacher", "student")):
         policy = road.policy(shape)
@@ -190,7 +191,7 @@ def warm_start(road: Road) -> None:
             fresh_params(policy.model, road.tokenizer, texts, 2 * road.config.seed + offset),
             config,
             config.steps,
-            warm_start_batches(policy, config.group_size, road.config.seed, reading_steps=config.steps * 2 // 3),
+            warm_start_batches(policy, config.group_size, road.config.seed, words, reading_steps=config.steps * 2 // 3),
             source=train,
         )
 

@@ -136,6 +136,12 @@ def known_texts(tables: Tables, train: Sequence[Example], t1: int) -> list[str]:
     return list(dict.fromkeys([*documents, *signals]))
 
 
+def known_words(texts: Sequence[str], terms: TermStatistics) -> list[str]:
+    """Every word that tells what one of the ``texts`` is about, once."""
+    words = (word for text in texts for word in telling_words(text, terms, count=6).split())
+    return list(dict.fromkeys(words))
+
+
 def article_texts(tables: Tables) -> list[str]:
     """Title and abstract of every article, in the order of the table."""
     columns = (tables.articles[name].to_pylist() for name in ("title", "abstract"))

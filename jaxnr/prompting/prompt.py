@@ -37,20 +37,21 @@ def as_shown(example: Example, terms: TermStatistics, words: int) -> Example:
     """The example with its signals as a prompt shows them, the latest first: at most ``words`` telling words each, or
     whole texts where that is 0.
 
-    Of signals that share two telling words, or all the words of one, the latest alone is shown. They are on one
-    subject, and a reader who goes from line to line would lose the place where two lines look alike.
+    Of signals whose lines begin with the same two words or end with the same one, the latest alone is shown. They are
+    on one subject, and a reader tells by the end of a line which line comes next, and by its beginning how it goes on.
     """
     latest_first = example.signals[::-1]
     if not words:
         return example._replace(signals=latest_first)
     shown: list[Signal] = []
-    shown_words: list[set[str]] = []
+    ends: set[tuple[str, ...]] = set()
     for signal in latest_first:
         text = telling_words(signal.text, terms, words)
-        its_words = set(text.casefold().split())
-        if all(len(its_words & others) < min(2, len(its_words), len(others)) for others in shown_words):
+        text_words = text.casefold().split()
+        its_ends = {tuple(text_words[:2]), tuple(text_words[-1:])}
+        if not its_ends & ends:
             shown.append(signal._replace(text=text))
-            shown_words.append(its_words)
+            ends |= its_ends
     return example._replace(signals=tuple(shown))
 
 

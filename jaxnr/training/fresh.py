@@ -48,6 +48,10 @@ LOOK_BACK_LEAST_FREQUENCY = 0.1
 MATCH_STRENGTH = 1.5
 """Of queries and keys that look for equal tokens: with heads of 32, an equal one gets most of the attention."""
 
+CONTEXT_STRENGTH, LINE_SHIFT = 1.0, 13
+"""Of what tells one of several equal tokens from the others, and how far that is rolled on in a head when it is about
+the line before."""
+
 POINT_STRENGTH = 2.0
 """Of queries and keys that look for the line after the present query's."""
 
@@ -155,8 +159,9 @@ def reading_layers(
     - first layer, last key head: looks one token back, whatever is there, and writes down which token that is. Its
       second query head, where there is one, does so ``line_step`` tokens back. The key head before it, where there is
       one, looks one token further back than both;
-    - second layer: looks for a token after one equal to the present token, and copies it. The second query head of
-      each key head, where there is one, copies what comes after ``mark_D``: the first words of signals;
+    - second layer: looks for a token after one equal to the present token, and copies it; among several, for one after
+      the same two tokens, or in the line after one that ends as the last query did. The second query head of each key
+      head, where there is one, copies what comes after ``mark_D``: the first words of signals;
     - third layer: looks for the first word of the line after the one that ends with the tokens before, and copies it;
     - elsewhere: looks for tokens like the present one and adds a little of them.
 
@@ -203,6 +208,12 @@ def reading_layers(
                     out_LNHD[0, n, np.arange(len(sketch)), np.roll(parts.line_end, shift)] = gain
             elif layer == 1:
                 match(1, k, sketch, parts.before, MATCH_STRENGTH)
+                # A word may stand in several lines. It may have another word before it in each; and for the first
+                # words of lines, the last word of the line before differs. At the first word of a query that is the
+                # token two before, at the second word of a line it is known as the end of the line before.
+                query_LDNH[1, parts.before, k * (N // K), np.roll(slow, FURTHER_SHIFT)] += CONTEXT_STRENGTH
+                query_LDNH[1, parts.before, k * (N // K), np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
+                key_LDKH[1, parts.line_end, k, np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
                 heads = min(N // K, 2)
                 bring(1, k, brought, brought, COPY_GAIN, heads)
                 if heads == 2:

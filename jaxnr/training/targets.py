@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxnr.config import PromptConfig
-from jaxnr.data.examples import Example
+from jaxnr.data.examples import Example, Signal
 from jaxnr.mesh import batch_sharding
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_completion
@@ -32,6 +32,12 @@ STOP = 0.7
 
 WHOLE = 0.04
 """Share of the lists that end only where the prompt does, so that its end is known as one."""
+
+
+RANDOM, DIFFERENT_WORDS = 0.5, 25
+"""Share of the prompts that are of random words while reading is learned, and how many different ones. A model that
+only sees its few hundred users learns their words by heart; few different words stand in several lines each, so that
+only what stands before a word tells which line it is read from."""
 
 
 class Target(NamedTuple):
@@ -89,22 +95,28 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
 
 
 def warm_start_batches(
-    policy: Policy, group_size: int, seed: int, reading_steps: int
+    policy: Policy, group_size: int, seed: int, words: Sequence[str], reading_steps: int
 ) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone.
 
-    In the first ``reading_steps`` all lists are whole.
+    In the first ``reading_steps`` all lists are whole, and ``RANDOM`` of the prompts are of random ``words``.
     """
 
-    def batch(examples: Sequence[Example], step: int) -> Batch:
-        draws = (np.random.default_rng([seed, step, example.example_id]) for example in examples)
-        whole_share = 1.0 if step < reading_steps else WHOLE
-        return place_targets(
-            policy,
-            [
-                warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
-                for example, rng in zip(examples, draws, strict=True)
-            ],
-        )
+    def target(example: Example, step: int) -> Target:
+        rng = np.random.default_rng([seed, step, example.example_id])
+        reading = step < reading_steps
+        if reading and rng.random() < RANDOM:
+            example = in_random_words(example, rng.choice(words, DIFFERENT_WORDS), rng)
+        whole_share = 1.0 if reading else WHOLE
+        return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 
-    return batch
+    return lambda examples, step: place_targets(policy, [target(example, step) for example in examples])
+
+
+def in_random_words(example: Example, words: Sequence[str], rng: np.random.Generator) -> Example:
+    """The example with each word of its signals replaced by a random one of ``words``."""
+
+    def text_like(signal: Signal) -> str:
+        return " ".join(rng.choice(words, len(signal.text.split())))
+
+    return example._replace(signals=tuple(signal._replace(text=text_like(signal)) for signal in example.signals))

@@ -13,7 +13,15 @@ import jaxnr.data.prepare
 from jaxnr.config import Config, DataConfig, MeshConfig, PromptConfig, RetrievalConfig
 from jaxnr.data.dataset import load
 from jaxnr.data.examples import split_times
-from jaxnr.data.prepare import article_texts, embed_unique, known_texts, open_rewards, prepare_data, shortened_prompts
+from jaxnr.data.prepare import (
+    article_texts,
+    embed_unique,
+    known_texts,
+    known_words,
+    open_rewards,
+    prepare_data,
+    shortened_prompts,
+)
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
 from jaxnr.mesh import make_mesh
@@ -99,6 +107,11 @@ def test_known_texts_are_of_the_past_and_each_once(world, prepared):
     assert len(set(texts)) == len(texts)
     assert earlier <= set(texts)
     assert not (later - earlier) & set(texts)
+
+
+def test_known_words_are_the_telling_ones_of_the_texts_each_once():
+    texts = ["the hurricane in florida", "florida coast", "hurricane"]
+    assert known_words(texts, TermStatistics.fit(texts + ["rowing"] * 9)) == ["hurricane", "florida", "coast"]
 
 
 def test_the_report_counts_users_and_names_the_windows(world, prepared):

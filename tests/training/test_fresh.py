@@ -114,11 +114,11 @@ def words_of(tokenizer):
     return [tokenizer(f" {word}")["input_ids"][0] for subject in SUBJECTS for word in subject.split()]
 
 
-def next_logits(config, params, tokenizer, lines, query):
-    """Logits [V] of the token after a prompt of ``lines``, a query and the separator."""
+def next_logits(config, params, tokenizer, lines, query, begun=()):
+    """Logits [V] of the token after a prompt of ``lines``, a query, the separator and what is ``begun``."""
     label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
     prompt = np.concatenate([np.concatenate([label, line]) for line in lines])
-    tokens = np.concatenate([prompt, query, [end]])[None]
+    tokens = np.concatenate([prompt, query, [end], begun]).astype(int)[None]
     hidden_BSD = Decoder(config).apply({"params": params}, tokens, np.ones_like(tokens, bool))
     return np.asarray(hidden_BSD[0, -1] @ head_VD(params).T)
 
@@ -168,3 +168,21 @@ def test_fresh_parameters_depend_on_the_seed_alone(tokenizer, texts):
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert (params["embed_tokens"]["embedding"] != other["embed_tokens"]["embedding"]).any()
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random_params(model))
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_word_of_two_lines_goes_on_as_in_the_one_that_is_read(tokenizer, texts, shared):
+    """Lines 1 and 3 share their first or their second word: what was before it tells which line goes on."""
+    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
+    params = fresh_params(Decoder(config), tokenizer, texts, seed=0)
+    rng = np.random.default_rng(0)
+    gain = []
+    for _ in range(20):
+        lines = rng.permutation(words_of(tokenizer))[:12].reshape(4, 3)
+        lines[3, shared] = lines[1, shared]
+        in_1, in_3 = (
+            next_logits(config, params, tokenizer, lines, lines[line - 1], begun=lines[line, : shared + 1])
+            for line in (1, 3)
+        )
+        gain.append((in_1 - in_3)[lines[1, shared + 1]] + (in_3 - in_1)[lines[3, shared + 1]])
+    assert np.mean(np.array(gain) > 0) > 0.8

@@ -11,7 +11,7 @@ from jaxnr.config import MeshConfig, PromptConfig
 from jaxnr.data.examples import Example, Signal
 from jaxnr.mesh import make_mesh
 from jaxnr.prompting.output import ParsedList, format_list
-from jaxnr.prompting.prompt import encode_completion, encode_prompt
+from jaxnr.prompting.prompt import as_shown, encode_completion, encode_prompt
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import Completions
@@ -82,7 +82,8 @@ def example_of(example_id, texts) -> Example:
 
 def test_prompts_are_left_padded_to_the_smallest_bucket(policy):
     examples = [example_of(0, TEXTS[:1]), example_of(1, TEXTS)]
-    ids = [encode_prompt(policy.tokenizer, example, CFG).ids for example in examples]
+    shown = [as_shown(example, policy.signal_terms, CFG.signal_words) for example in examples]
+    ids = [encode_prompt(policy.tokenizer, example, CFG).ids for example in shown]
     tokens_BS, mask_BS = map(np.asarray, place_prompts(policy, examples))
     assert tokens_BS.shape[1] == next(bucket for bucket in CFG.prompt_buckets if bucket >= max(map(len, ids)))
     for row, mask, wanted in zip(tokens_BS, mask_BS, ids, strict=True):

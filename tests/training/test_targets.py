@@ -1,6 +1,7 @@
 """What the warm start imitates: lists of the user's own signals, in a fixed format and budget, drawn by seed."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jaxnr.training.targets import (
     STOP,
     WHOLE,
     Target,
+    in_random_words,
     place_targets,
     queries_from,
     warm_start_batches,
@@ -120,15 +122,21 @@ def test_a_list_over_the_budget_loses_its_last_queries_and_still_ends(policy):
     assert ids[-1] == policy.tokenizer.eos_token_id
 
 
-def test_targets_depend_on_seed_step_and_example_alone(policy):
+@pytest.mark.parametrize("reading_steps", [0, 10])
+def test_targets_depend_on_seed_step_and_example_alone(policy, reading_steps):
     examples = [example_of(0), example_of(1), example_of(2)]
-    batch = warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples, 7)
-    turned = warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples[::-1], 7)
+    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps)(examples, 7)
+    turned = warm_start_batches(policy, 4, 5, TEXTS, reading_steps)(examples[::-1], 7)
     for name in ("prompt_BS", "prompt_mask_BS", "completion_BGT", "mask_BGT"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(turned, name)[::-1])
+
+
+def test_another_seed_step_example_or_place_in_the_group_is_another_draw(policy):
+    examples = [example_of(0), example_of(1), example_of(2)]
+    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 7)
     others = [
-        warm_start_batches(policy, 4, seed=5, reading_steps=0)(examples, 8),
-        warm_start_batches(policy, 4, seed=6, reading_steps=0)(examples, 7),
+        warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 8),
+        warm_start_batches(policy, 4, 6, TEXTS, reading_steps=0)(examples, 7),
     ]
     assert all((other.completion_BGT != batch.completion_BGT).any() for other in others)
     rows = np.asarray(batch.completion_BGT)
@@ -136,9 +144,24 @@ def test_targets_depend_on_seed_step_and_example_alone(policy):
     assert (rows[:, 0] != rows[:, 1]).any()
 
 
-def test_the_first_steps_read_the_whole_prompt(policy):
-    make_batch = warm_start_batches(policy, 8, seed=0, reading_steps=3)
-    lists = [parse_list(text, CFG).queries for text in read_back(policy, make_batch([example_of()], 2))[0]]
-    assert lists == [tuple(LATEST_FIRST[: CFG.max_queries])] * 8
-    later = [parse_list(text, CFG).queries for text in read_back(policy, make_batch([example_of()], 3))[0]]
+def test_the_first_steps_read_whole_prompts_half_of_them_in_random_words(policy):
+    make_batch = warm_start_batches(policy, 1, seed=0, words=["ocean", "glacier"], reading_steps=3)
+    examples = [example_of(number, TEXTS[:4]) for number in range(40)]
+    lists = [parse_list(text, CFG).queries for (text,) in read_back(policy, make_batch(examples, 2))]
+    own = [queries == tuple(TEXTS[3::-1]) for queries in lists]
+    assert 10 < sum(own) < 30
+    for queries in itertools.compress(lists, np.logical_not(own)):
+        assert {word for query in queries for word in query.split()} <= {"ocean", "glacier"}
+    later = [parse_list(text, CFG).queries for (text,) in read_back(policy, make_batch(examples, 3))]
+    assert all(queries == tuple(TEXTS[3::-1])[: len(queries)] for queries in later)
     assert len({len(queries) for queries in later}) > 1
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_random_words_keep_number_and_length_of_the_signals(seed):
+    example = example_of()
+    other = in_random_words(example, ["ocean", "glacier", "rain"], np.random.default_rng(seed))
+    assert [len(signal.text.split()) for signal in other.signals] == [len(text.split()) for text in TEXTS]
+    assert other._replace(signals=()) == example._replace(signals=())
+    assert [signal._replace(text="") for signal in other.signals] == [s._replace(text="") for s in example.signals]
+    assert {word for signal in other.signals for word in signal.text.split()} <= {"ocean", "glacier", "rain"}
