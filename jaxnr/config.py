@@ -126,7 +126,7 @@ class OptimizerConfig:
 class SftConfig:
     """Warm start, or supervised distillation."""
 
-    steps: int = 300
+    steps: int = 340
     prompts_per_step: int = 24
     group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""
@@ -137,7 +137,7 @@ class SftConfig:
 class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
-    steps: int = 70
+    steps: int = 50
     prompts_per_step: int = 16
     group_size: int = 8
     clip_low: float = 0.2
@@ -146,7 +146,7 @@ class GrpoConfig:
     uniform_steps: int = 15
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
     of the chosen weights' schedule, so no more than `steps`."""
-    validate_every: int = 35
+    validate_every: int = 25
     """Steps between measurements of recall on the validation users; 0 for none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=5, weight_decay=0.0)
 
@@ -155,7 +155,7 @@ class GrpoConfig:
 class DistillConfig:
     """On-policy distillation of the supervised student: its own samples, reverse KL to the teacher."""
 
-    steps: int = 150
+    steps: int = 100
     prompts_per_step: int = 16
     group_size: int = 4
     temperature: float = 1.0
@@ -205,7 +205,7 @@ class Config:
     teacher_lists: int = 2
     """Lists that the teacher samples a training prompt for supervised distillation."""
     supervised: SftConfig = SftConfig(
-        steps=160, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=2e-3)
+        steps=100, prompts_per_step=16, group_size=2, optimizer=OptimizerConfig(learning_rate=2e-3)
     )
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

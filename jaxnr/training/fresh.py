@@ -45,10 +45,10 @@ LOOK_BACK_STRENGTH = 6.0
 LOOK_BACK_LEAST_FREQUENCY = 0.1
 """With heads of 32, the token before gets about eight tenths of the attention."""
 
-MATCH_STRENGTH = 1.5
+MATCH_STRENGTH = 2.0
 """Of queries and keys that look for equal tokens: with heads of 32, an equal one gets most of the attention."""
 
-CONTEXT_STRENGTH, LINE_SHIFT = 1.0, 13
+CONTEXT_STRENGTH, LINE_SHIFT = 0.3, 13
 """Of what tells one of several equal tokens from the others, and how far that is rolled on in a head when it is about
 the line before."""
 
@@ -211,9 +211,10 @@ def reading_layers(
                 # A word may stand in several lines. It may have another word before it in each; and for the first
                 # words of lines, the last word of the line before differs. At the first word of a query that is the
                 # token two before, at the second word of a line it is known as the end of the line before.
-                query_LDNH[1, parts.before, k * (N // K), np.roll(slow, FURTHER_SHIFT)] += CONTEXT_STRENGTH
-                query_LDNH[1, parts.before, k * (N // K), np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
-                key_LDKH[1, parts.line_end, k, np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
+                if K > 1:  # two words of context are known
+                    query_LDNH[1, parts.before, k * (N // K), np.roll(slow, FURTHER_SHIFT)] += CONTEXT_STRENGTH
+                    query_LDNH[1, parts.before, k * (N // K), np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
+                    key_LDKH[1, parts.line_end, k, np.roll(slow, LINE_SHIFT)] += CONTEXT_STRENGTH
                 heads = min(N // K, 2)
                 bring(1, k, brought, brought, COPY_GAIN, heads)
                 if heads == 2:

@@ -99,15 +99,16 @@ def warm_start_batches(
 ) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone.
 
-    In the first ``reading_steps`` all lists are whole, and ``RANDOM`` of the prompts are of random ``words``.
+    ``RANDOM`` of the prompts are of random ``words``, and their lists are whole; in the first ``reading_steps`` all
+    lists are.
     """
 
     def target(example: Example, step: int) -> Target:
         rng = np.random.default_rng([seed, step, example.example_id])
-        reading = step < reading_steps
-        if reading and rng.random() < RANDOM:
+        scrambled = rng.random() < RANDOM
+        if scrambled:
             example = in_random_words(example, rng.choice(words, DIFFERENT_WORDS), rng)
-        whole_share = 1.0 if reading else WHOLE
+        whole_share = 1.0 if scrambled or step < reading_steps else WHOLE
         return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 
     return lambda examples, step: place_targets(policy, [target(example, step) for example in examples])

@@ -132,7 +132,7 @@ def test_targets_depend_on_seed_step_and_example_alone(policy, reading_steps):
 
 
 def test_another_seed_step_example_or_place_in_the_group_is_another_draw(policy):
-    examples = [example_of(0), example_of(1), example_of(2)]
+    examples = [example_of(number) for number in range(12)]
     batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 7)
     others = [
         warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 8),
@@ -144,16 +144,22 @@ def test_another_seed_step_example_or_place_in_the_group_is_another_draw(policy)
     assert (rows[:, 0] != rows[:, 1]).any()
 
 
-def test_the_first_steps_read_whole_prompts_half_of_them_in_random_words(policy):
+def test_half_of_the_prompts_are_of_random_words_and_at_first_all_lists_are_whole(policy):
     make_batch = warm_start_batches(policy, 1, seed=0, words=["ocean", "glacier"], reading_steps=3)
     examples = [example_of(number, TEXTS[:4]) for number in range(40)]
-    lists = [parse_list(text, CFG).queries for (text,) in read_back(policy, make_batch(examples, 2))]
-    own = [queries == tuple(TEXTS[3::-1]) for queries in lists]
-    assert 10 < sum(own) < 30
-    for queries in itertools.compress(lists, np.logical_not(own)):
-        assert {word for query in queries for word in query.split()} <= {"ocean", "glacier"}
-    later = [parse_list(text, CFG).queries for (text,) in read_back(policy, make_batch(examples, 3))]
-    assert all(queries == tuple(TEXTS[3::-1])[: len(queries)] for queries in later)
+    whole = tuple(TEXTS[3::-1])
+
+    def lists(step: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        queries = [parse_list(text, CFG).queries for (text,) in read_back(policy, make_batch(examples, step))]
+        own = [row[: CFG.min_queries] == whole[: CFG.min_queries] for row in queries]
+        return list(itertools.compress(queries, own)), list(itertools.compress(queries, np.logical_not(own)))
+
+    for own, scrambled in (lists(2), lists(3)):
+        assert 10 < len(own) < 30
+        assert {word for queries in scrambled for query in queries for word in query.split()} == {"ocean", "glacier"}
+    assert set(lists(2)[0]) == {whole}
+    later = lists(3)[0]
+    assert all(queries == whole[: len(queries)] for queries in later)
     assert len({len(queries) for queries in later}) > 1
 
 
