@@ -8,7 +8,8 @@ topics.
 
 A list is more than one signal: after a query the model has to find the next signal. For that a token also knows, by
 its distance, the last two words of the line before its own, so that the last two words of a query point to the first
-word of the line after the one that was read. One word would not do: many a line ends with a word that ends another.
+word of the line after the one that was read. Two, because a word may stand in several lines. Which of them is read is
+told by the word before it, and after the first word of a line by the end of the line before.
 
 Four parts of the residual stream make room for that: what a token means, which token it is, which two are before it,
 and which two ended the line before. Everything that would cover them with noise, the feed-forward and the other heads,

@@ -7,7 +7,8 @@ telling words. Signals in random order would teach the same format, but after ea
 likely to be next, and a small model's first words are then mostly words of nobody's.
 
 At first every list goes on to the last line, which teaches reading; then most lists are short. How many queries pay is
-not known before there are rewards, and a few whole lists stay for RL to find out.
+not known before there are rewards, and a few whole lists stay for RL to find out. Half of the prompts are of random
+words, and always read to the end: a training split has few words and users, and a model would learn them by heart.
 """
 
 from __future__ import annotations
@@ -33,11 +34,9 @@ STOP = 0.7
 WHOLE = 0.04
 """Share of the lists that end only where the prompt does, so that its end is known as one."""
 
-
 RANDOM, DIFFERENT_WORDS = 0.5, 25
-"""Share of the prompts that are of random words while reading is learned, and how many different ones. A model that
-only sees its few hundred users learns their words by heart; few different words stand in several lines each, so that
-only what stands before a word tells which line it is read from."""
+"""Share of the prompts that are of random words, and how many different ones each has. So few stand in several lines
+each, and only what is before a word tells which line it is read from."""
 
 
 class Target(NamedTuple):
@@ -107,7 +106,7 @@ def warm_start_batches(
         rng = np.random.default_rng([seed, step, example.example_id])
         scrambled = rng.random() < RANDOM
         if scrambled:
-            example = in_random_words(example, rng.choice(words, DIFFERENT_WORDS), rng)
+            example = in_random_words(example, rng.choice(words, DIFFERENT_WORDS).tolist(), rng)
         whole_share = 1.0 if scrambled or step < reading_steps else WHOLE
         return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 

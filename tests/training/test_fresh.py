@@ -114,39 +114,56 @@ def words_of(tokenizer):
     return [tokenizer(f" {word}")["input_ids"][0] for subject in SUBJECTS for word in subject.split()]
 
 
-def next_logits(config, params, tokenizer, lines, query, begun=()):
-    """Logits [V] of the token after a prompt of ``lines``, a query, the separator and what is ``begun``."""
-    label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
-    prompt = np.concatenate([np.concatenate([label, line]) for line in lines])
-    tokens = np.concatenate([prompt, query, [end], begun]).astype(int)[None]
-    hidden_BSD = Decoder(config).apply({"params": params}, tokens, np.ones_like(tokens, bool))
-    return np.asarray(hidden_BSD[0, -1] @ head_VD(params).T)
-
-
-def test_a_fresh_model_finds_the_line_after_the_one_it_has_read(tokenizer, texts):
+@pytest.fixture(scope="module")
+def next_logits(tokenizer, texts):
+    """What a fresh model of three layers says after a prompt of ``lines``, a query, the separator and what is ``begun``:
+    logits [V]."""
     config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
-    params = fresh_params(Decoder(config), tokenizer, texts, seed=0)
+    model, params = Decoder(config), fresh_params(Decoder(config), tokenizer, texts, seed=0)
+    label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
+
+    def logits_after(lines, query, begun=()) -> np.ndarray:
+        prompt = np.concatenate([np.concatenate([label, line]) for line in lines])
+        tokens = np.concatenate([prompt, query, [end], begun]).astype(int)[None]
+        hidden_BSD = model.apply({"params": params}, tokens, np.ones_like(tokens, bool))
+        return np.asarray(hidden_BSD[0, -1] @ head_VD(params).T)
+
+    return logits_after
+
+
+def random_lines(tokenizer, count):
+    """Prompts of four lines of three words, all different: [count, 4, 3]."""
     rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(words_of(tokenizer))[:12].reshape(4, 3) for _ in range(count)])
+
+
+def test_a_fresh_model_finds_the_line_after_the_one_it_has_read(tokenizer, next_logits):
     found = []
-    for _ in range(40):
-        lines = rng.permutation(words_of(tokenizer))[:12].reshape(4, 3)
-        line = rng.integers(3)
-        logits_V = next_logits(config, params, tokenizer, lines, lines[line])
-        found.append(lines[:, 0][logits_V[lines[:, 0]].argmax()] == lines[line + 1, 0])
+    for lines in random_lines(tokenizer, 20):
+        for line in (0, 2):
+            logits_V = next_logits(lines, lines[line])
+            found.append(lines[:, 0][logits_V[lines[:, 0]].argmax()] == lines[line + 1, 0])
     assert np.mean(found) > 0.45  # of four first words
 
 
-def test_lines_that_end_alike_are_told_apart_by_the_word_before(tokenizer, texts):
-    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
-    params = fresh_params(Decoder(config), tokenizer, texts, seed=0)
-    rng = np.random.default_rng(0)
+def test_lines_that_end_alike_are_told_apart_by_the_word_before(tokenizer, next_logits):
     gain = []
-    for _ in range(20):
-        lines = rng.permutation(words_of(tokenizer))[:12].reshape(4, 3)
+    for lines in random_lines(tokenizer, 20):
         lines[2, 2] = lines[0, 2]
-        after_0, after_2 = (next_logits(config, params, tokenizer, lines, lines[line]) for line in (0, 2))
+        after_0, after_2 = (next_logits(lines, lines[line]) for line in (0, 2))
         # What the end of line 0 says for the line after it, against what the end of line 2 says for that.
         gain.append((after_0 - after_2)[lines[1, 0]] + (after_2 - after_0)[lines[3, 0]])
+    assert np.mean(np.array(gain) > 0) > 0.8
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_word_of_two_lines_goes_on_as_in_the_one_that_is_read(tokenizer, next_logits, shared):
+    """Lines 1 and 3 share their first or their second word: what was before it tells which line goes on."""
+    gain = []
+    for lines in random_lines(tokenizer, 20):
+        lines[3, shared] = lines[1, shared]
+        in_1, in_3 = (next_logits(lines, lines[line - 1], begun=lines[line, : shared + 1]) for line in (1, 3))
+        gain.append((in_1 - in_3)[lines[1, shared + 1]] + (in_3 - in_1)[lines[3, shared + 1]])
     assert np.mean(np.array(gain) > 0) > 0.8
 
 
@@ -168,21 +185,3 @@ def test_fresh_parameters_depend_on_the_seed_alone(tokenizer, texts):
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert (params["embed_tokens"]["embedding"] != other["embed_tokens"]["embedding"]).any()
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, random_params(model))
-
-
-@pytest.mark.parametrize("shared", [0, 1])
-def test_a_word_of_two_lines_goes_on_as_in_the_one_that_is_read(tokenizer, texts, shared):
-    """Lines 1 and 3 share their first or their second word: what was before it tells which line goes on."""
-    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
-    params = fresh_params(Decoder(config), tokenizer, texts, seed=0)
-    rng = np.random.default_rng(0)
-    gain = []
-    for _ in range(20):
-        lines = rng.permutation(words_of(tokenizer))[:12].reshape(4, 3)
-        lines[3, shared] = lines[1, shared]
-        in_1, in_3 = (
-            next_logits(config, params, tokenizer, lines, lines[line - 1], begun=lines[line, : shared + 1])
-            for line in (1, 3)
-        )
-        gain.append((in_1 - in_3)[lines[1, shared + 1]] + (in_3 - in_1)[lines[3, shared + 1]])
-    assert np.mean(np.array(gain) > 0) > 0.8
