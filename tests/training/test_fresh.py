@@ -116,8 +116,7 @@ def words_of(tokenizer):
 
 @pytest.fixture(scope="module")
 def next_logits(tokenizer, texts):
-    """What a fresh model of three layers says after a prompt of ``lines``, a query, the separator and what is ``begun``:
-    logits [V]."""
+    """Logits [V] of a fresh model of three layers after a prompt, a query, the separator and what is begun."""
     config = dataclasses.replace(SMALL, vocab_size=len(tokenizer), num_hidden_layers=3)
     model, params = Decoder(config), fresh_params(Decoder(config), tokenizer, texts, seed=0)
     label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
