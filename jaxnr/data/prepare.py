@@ -137,7 +137,7 @@ def known_texts(tables: Tables, train: Sequence[Example], t1: int) -> list[str]:
 
 
 def known_words(texts: Sequence[str], terms: TermStatistics) -> list[str]:
-    """Every word that tells what one of the ``texts`` is about, once."""
+    """The telling words of each of the ``texts``, at most six a text, each word once."""
     words = (word for text in texts for word in telling_words(text, terms, count=6).split())
     return list(dict.fromkeys(words))
 

@@ -37,8 +37,8 @@ def as_shown(example: Example, terms: TermStatistics, words: int) -> Example:
     """The example with its signals as a prompt shows them, the latest first: at most ``words`` telling words each, or
     whole texts where that is 0.
 
-    Of signals whose lines begin with the same two words or end with the same one, the latest alone is shown. They are
-    on one subject, and a reader tells by the end of a line which line comes next, and by its beginning how it goes on.
+    Of signals whose lines begin with the same two words or end with the same one, the latest alone is shown. Most
+    are on one subject, and a reader tells by the end of a line which comes next, and by its beginning how it goes on.
     """
     latest_first = example.signals[::-1]
     if not words:

@@ -35,8 +35,8 @@ WHOLE = 0.04
 """Share of the lists that end only where the prompt does, so that its end is known as one."""
 
 RANDOM, DIFFERENT_WORDS = 0.5, 25
-"""Share of the prompts that are of random words, and how many different ones each has. So few stand in several lines
-each, and only what is before a word tells which line it is read from."""
+"""Share of the prompts that are of random words, and how many different ones each has at most. So few stand in several
+lines each, and only what is before a word tells which line it is read from."""
 
 
 class Target(NamedTuple):
@@ -102,11 +102,13 @@ def warm_start_batches(
     lists are.
     """
 
+    known = np.asarray(words)
+
     def target(example: Example, step: int) -> Target:
         rng = np.random.default_rng([seed, step, example.example_id])
         scrambled = rng.random() < RANDOM
         if scrambled:
-            example = in_random_words(example, rng.choice(words, DIFFERENT_WORDS).tolist(), rng)
+            example = in_random_words(example, rng.choice(known, DIFFERENT_WORDS).tolist(), rng)
         whole_share = 1.0 if scrambled or step < reading_steps else WHOLE
         return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 
