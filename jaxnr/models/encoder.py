@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnr.errors import InputError
-from jaxnr.models.huggingface import Row, load_params, read_json
+from jaxnr.models.weights import Row, load_params, read_json
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxnr.errors import InputError
 from jaxnr.models.encoder import Encoder, load_encoder, mean_pool
-from jaxnr.models.huggingface import model_folder, read_json
+from jaxnr.models.weights import model_folder, read_json
 
 _SHORTEST = 16  # tokens; longer buckets are the powers of two
 _SMALL_BATCH = 8

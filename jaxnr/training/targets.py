@@ -8,7 +8,7 @@ likely to be next, and a small model's first words are then mostly words of nobo
 
 At first every list goes on to the last line, which teaches reading; then most lists are short. How many queries pay is
 not known before there are rewards, and a few whole lists stay for RL to find out. Half of the prompts are of random
-words, and always read to the end: a training split has few words and users, and a model would learn them by heart.
+words: a training split has few words and users, and a model would learn them by heart.
 """
 
 from __future__ import annotations
@@ -98,18 +98,16 @@ def warm_start_batches(
 ) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone.
 
-    ``RANDOM`` of the prompts are of random ``words``, and their lists are whole; in the first ``reading_steps`` all
-    lists are.
+    ``RANDOM`` of the prompts are of random ``words``. In the first ``reading_steps`` all lists are whole.
     """
 
     known = np.asarray(words)
 
     def target(example: Example, step: int) -> Target:
         rng = np.random.default_rng([seed, step, example.example_id])
-        scrambled = rng.random() < RANDOM
-        if scrambled:
+        if rng.random() < RANDOM:
             example = in_random_words(example, rng.choice(known, DIFFERENT_WORDS).tolist(), rng)
-        whole_share = 1.0 if scrambled or step < reading_steps else WHOLE
+        whole_share = 1.0 if step < reading_steps else WHOLE
         return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 
     return lambda examples, step: place_targets(policy, [target(example, step) for example in examples])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxnr.errors import InputError
 from jaxnr.models.encoder import load_encoder, mean_pool
-from jaxnr.models.huggingface import model_folder
+from jaxnr.models.weights import model_folder
 
 torch = pytest.importorskip("torch", reason="parity needs torch (pip install -e .[parity])")
 
