@@ -20,6 +20,10 @@ PARTITION = (
     (r"lm_head", P("tensor", "fsdp")),
     (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
     (r"layers/(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj/lora_a", P(None, "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj/lora_b", P(None, None, "tensor")),
+    (r"layers/(o|down)_proj/lora_a", P(None, "tensor")),
+    (r"layers/(o|down)_proj/lora_b", P(None, None, "fsdp")),
     (r"layers/(q|k|v)_proj/bias", P(None, "tensor")),
     (r"norm/weight", P()),
 )
@@ -76,6 +80,15 @@ def tree_shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def abstract_on(tree, mesh: Mesh, dtype=None):
+    """Shape, type (``dtype`` for all, where given) and sharding of every array of a tree of parameters."""
+
+    def leaf(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

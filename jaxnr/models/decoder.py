@@ -1,4 +1,4 @@
-"""A Qwen2 decoder in Flax Linen, built so that G completions share the keys and values of one prompt.
+"""A Qwen2 or Qwen3 decoder in Flax Linen, built so that G completions share the keys and values of one prompt.
 
 Two streams go through every layer side by side: the prompt ``[B, S]`` and its completions ``[B, G, T]``. Completions
 attend to the prompt's keys and values, which are never repeated G times, and to their own; the prompt attends to
@@ -12,19 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jaxnr.errors import InputError
+from jaxnr.models.lora import NO_LORA, LoraConfig, Projection
+from jaxnr.models.weights import Row, read_json
 
 _MASKED = -1e30  # finite: a query with no visible key (padding) then gives a harmless mean instead of NaN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of a Qwen2 decoder; the names are those of the Hugging Face config.json."""
+    """Shape of a decoder; the names are those of the Hugging Face config.json."""
 
+    model_type: Literal["qwen2", "qwen3"] = "qwen2"
+    """Qwen2 has biases of queries, keys and values; Qwen3 has none, and normalises queries and keys head by head."""
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -36,6 +43,41 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    max_position_embeddings: int = 32_768
+
+    @classmethod
+    def read(cls, path: Path) -> DecoderConfig:
+        """From a config.json. Raises InputError naming what is missing, or what these decoders do not have."""
+        content = read_json(path)
+        rope = content.get("rope_parameters") or {}
+        given = {"rope_theta": rope.get("rope_theta"), "tie_word_embeddings": False, **content}
+        if "head_dim" not in given and given.keys() >= {"hidden_size", "num_attention_heads"}:
+            given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
+        wanted = {
+            "model_type": ("qwen2", "qwen3"),
+            "hidden_act": ("silu",),
+            "use_sliding_window": (False, None),
+            "rope_scaling": (None,),
+        }
+        for key, values in wanted.items():
+            if given.get(key) not in values:
+                raise InputError(f"{path}: {key} is {given.get(key)!r}; expected {' or '.join(map(repr, values))}.")
+        if rope.get("rope_type", "default") != "default" or (
+            given["model_type"] == "qwen3" and given.get("attention_bias")
+        ):
+            raise InputError(f"{path}: scaled rotary embeddings, or Qwen3 with attention_bias, are not supported.")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        values = {name: given.get(name, default) for name, default in defaults.items()}
+        if missing := [name for name, value in values.items() if value is None or value is dataclasses.MISSING]:
+            raise InputError(f"{path}: expected the key {missing[0]} of a {given['model_type']} decoder.")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json says of this shape, for transformers 4 and 5."""
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        name = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[self.model_type]
+        fixed = {"architectures": [name], "hidden_act": "silu", "rope_parameters": rope, "use_sliding_window": False}
+        return {**dataclasses.asdict(self), **fixed, "attention_bias": self.model_type == "qwen2"}
 
 
 class KeyValues(NamedTuple):
@@ -144,23 +186,29 @@ class Block(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    lora: LoraConfig = NO_LORA
 
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
+        has_bias = c.model_type == "qwen2"
 
-        def dense(features: int, use_bias: bool) -> nn.Dense:
-            return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, param_dtype=jnp.float32, kernel_init=init)
+        def projection(name: str, features: int, use_bias: bool = False) -> Projection:
+            rank = self.lora.rank if name in self.lora.targets else 0
+            return Projection(features, use_bias, self.dtype, init, rank, self.lora.scale)
 
         self.input_layernorm = RMSNorm(c.rms_norm_eps, self.dtype)
-        self.q_proj = dense(c.num_attention_heads * c.head_dim, True)
-        self.k_proj = dense(c.num_key_value_heads * c.head_dim, True)
-        self.v_proj = dense(c.num_key_value_heads * c.head_dim, True)
-        self.o_proj = dense(c.hidden_size, False)
+        self.q_proj = projection("q_proj", c.num_attention_heads * c.head_dim, has_bias)
+        self.k_proj = projection("k_proj", c.num_key_value_heads * c.head_dim, has_bias)
+        self.v_proj = projection("v_proj", c.num_key_value_heads * c.head_dim, has_bias)
+        if c.model_type == "qwen3":
+            self.q_norm = RMSNorm(c.rms_norm_eps, self.dtype)
+            self.k_norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.o_proj = projection("o_proj", c.hidden_size)
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, self.dtype)
-        self.gate_proj = dense(c.intermediate_size, False)
-        self.up_proj = dense(c.intermediate_size, False)
-        self.down_proj = dense(c.hidden_size, False)
+        self.gate_proj = projection("gate_proj", c.intermediate_size)
+        self.up_proj = projection("up_proj", c.intermediate_size)
+        self.down_proj = projection("down_proj", c.hidden_size)
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H]."""
@@ -169,6 +217,8 @@ class Block(nn.Module):
         query = self.q_proj(x).reshape(*x.shape[:-1], c.num_attention_heads, c.head_dim)
         key = self.k_proj(x).reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
         value = self.v_proj(x).reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
+        if c.model_type == "qwen3":
+            query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, position, c.rope_theta), rotate(key, position, c.rope_theta), value
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -207,11 +257,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Qwen2: embedding, scanned blocks, final norm. Heads are applied outside, in chunks (see training/losses.py)."""
+    """Embedding, scanned blocks, final norm. Heads are applied outside, in chunks (see training/losses.py)."""
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = True
+    lora: LoraConfig = NO_LORA
 
     def setup(self) -> None:
         c = self.config
@@ -227,7 +278,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one an argument
             out_axes=0,
             length=c.num_hidden_layers,
-        )(c, self.dtype)
+        )(c, self.dtype, self.lora)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", init, (c.vocab_size, c.hidden_size), jnp.float32)
@@ -281,6 +332,28 @@ def positions(mask_BS: jax.Array) -> jax.Array:
 def head_VD(params: dict) -> jax.Array:
     """The output projection: the untied head where there is one, else the token embedding."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+
+
+def table(config: DecoderConfig) -> tuple[Row, ...]:
+    """Every parameter of a decoder under its Hugging Face name; adapters are merged before they get one."""
+    layer = "layers.{layer}"
+    biases = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else ()
+    head_norms = ("q_norm", "k_norm") if config.model_type == "qwen3" else ()
+    return (
+        Row("embed_tokens.weight", "embed_tokens/embedding"),
+        *(Row(f"{layer}.{name}.weight", f"layers/{name}/weight") for name in _LAYER_NORMS),
+        *(Row(f"{layer}.self_attn.{name}.weight", f"layers/{name}/kernel", transpose=True) for name in _ATTENTION),
+        *(Row(f"{layer}.self_attn.{name}.bias", f"layers/{name}/bias") for name in biases),
+        *(Row(f"{layer}.self_attn.{name}.weight", f"layers/{name}/weight") for name in head_norms),
+        *(Row(f"{layer}.mlp.{name}.weight", f"layers/{name}/kernel", transpose=True) for name in _FEED_FORWARD),
+        Row("norm.weight", "norm/weight"),
+        *(() if config.tie_word_embeddings else (Row("lm_head.weight", "lm_head", outside=True),)),
+    )
+
+
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def init_params(model: Decoder, key: jax.Array) -> dict:

@@ -117,20 +117,11 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder or, for a name that is no folder, from the Hugging Face hub; runs no remote code.
+    """The tokenizer of a model that chats, from where ``read_tokenizer`` finds it.
 
-    Its pad token is its end token where it has none. Raises InputError where it cannot be read, or has no end token or
-    no chat template.
+    Its pad token is its end token where it has none. Raises InputError where it has no end token or no chat template.
     """
-    if not Path(name_or_path).is_dir() and (isinstance(name_or_path, Path) or name_or_path.startswith(("/", ".", "~"))):
-        raise InputError(f"{name_or_path}: no such folder; expected one with tokenizer.json and tokenizer_config.json.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{name_or_path}: not a tokenizer in the Hugging Face layout (a folder with tokenizer.json and "
-            f"tokenizer_config.json, or a name on the hub): {' '.join(str(error).split())}"
-        ) from error
+    tokenizer = read_tokenizer(name_or_path)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name_or_path}: the tokenizer has no end token (eos_token in tokenizer_config.json).")
     if not tokenizer.chat_template:
@@ -140,6 +131,29 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer from a local folder or, for a name that is no folder, from the Hugging Face hub; runs no remote code.
+
+    Raises InputError where it cannot be read.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir() and (isinstance(name_or_path, Path) or name_or_path.startswith(("/", ".", "~"))):
+        raise InputError(f"{name_or_path}: no such folder; expected one with tokenizer.json and tokenizer_config.json.")
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make an empty tokenizer of the kind that config.json names.
+        raise InputError(f"{folder}: expected a tokenizer there, in one of {', '.join(_TOKENIZER_FILES)}.")
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{name_or_path}: not a tokenizer in the Hugging Face layout (a folder with tokenizer.json and "
+            f"tokenizer_config.json, or a name on the hub): {' '.join(str(error).split())}"
+        ) from error
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -1,0 +1,83 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a projection x W becomes x W + (x A) B · alpha / rank.
+
+Adapters are leaves ``lora_a`` and ``lora_b`` beside the kernel that they change. A tree that has any is trained in them
+alone: ``trainable`` takes them out, ``with_trainable`` puts them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which projections of every layer have adapters, and how wide they are; rank 0 for none."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the adapters is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+NO_LORA = LoraConfig()
+
+
+class Projection(nn.Module):
+    """A dense layer with float32 parameters, and with adapters where ``rank`` is not 0.
+
+    B begins at zero, so that a model with new adapters is the model without.
+    """
+
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype
+    kernel_init: Callable[..., Any]
+    rank: int = 0
+    scale: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (width, self.features), jnp.float32)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(self.dtype)
+        if self.rank:
+            a = self.param("lora_a", nn.initializers.lecun_normal(), (width, self.rank), jnp.float32)
+            b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, self.features), jnp.float32)
+            y += (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * self.scale
+        return y
+
+
+def trainable(params: dict) -> dict:
+    """The adapters of a tree, or the whole tree where it has none."""
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+    adapters = {path: leaf for path, leaf in flat.items() if path[-1].startswith("lora_")}
+    return traverse_util.unflatten_dict(adapters or flat)
+
+
+def with_trainable(params: dict, changed: dict) -> dict:
+    """``params`` with the leaves of ``changed``, which is shaped as ``trainable(params)``."""
+    return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(changed)})
+
+
+def merge(params: dict, config: LoraConfig) -> dict:
+    """The parameters of the same model without adapters: each kernel W becomes W + A B · scale."""
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+    for path in [path for path in flat if path[-1] == "lora_a"]:
+        a, b = flat.pop(path), flat.pop((*path[:-1], "lora_b"))
+        kernel = (*path[:-1], "kernel")
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # kernels of all layers: [L, in, out]
+        flat[kernel] = flat[kernel] + (product * config.scale).astype(flat[kernel].dtype)
+    return traverse_util.unflatten_dict(flat)
