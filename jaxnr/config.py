@@ -43,10 +43,25 @@ class DataConfig:
     """At most so many test users (validation: half as many), drawn by seed; 0 for all."""
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a decoder's layer, which can have adapters."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Qwen2 architecture, trained from scratch."""
+    """A decoder: pretrained, from `path`, or of the Qwen2 architecture in the shape given here, from scratch."""
 
+    path: str = ""
+    """Local folder or hub name of a pretrained decoder, Qwen2 or Qwen3, whose config.json says its shape; the settings
+    from `hidden_size` to `rms_norm_eps` are then unused."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations. Parameters, softmax and losses are float32."""
+    lora_rank: int = 0
+    """Width of low-rank adapters, which alone are then trained; 0: none, all weights are trained."""
+    lora_alpha: float = 16.0
+    """Adapters are multiplied by this over the rank."""
+    lora_targets: tuple[str, ...] = PROJECTIONS
+    """Projections that have adapters."""
     hidden_size: int = 128
     num_layers: int = 3
     intermediate_size: int = 288
@@ -79,7 +94,7 @@ class PromptConfig:
     max_queries: int = 18
     max_query_words: int = 6
     vocabulary_size: int = 4096
-    """Of the byte-level BPE that is trained for models from scratch, at most."""
+    """Of the byte-level BPE that is trained for models from scratch, at most; pretrained ones bring their tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +142,7 @@ class SftConfig:
     """Warm start, or supervised distillation."""
 
     steps: int = 340
+    """0 for no warm start, where both models are pretrained."""
     prompts_per_step: int = 24
     group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""

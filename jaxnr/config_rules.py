@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Iterator
 
-from jaxnr.config import Config, flatten
+from jaxnr.config import PROJECTIONS, Config, flatten
 from jaxnr.errors import InputError
 
-# Bounds of the numeric settings, by the last part of the key; a test sees that every number has one.
+# Bounds of the numeric settings, by the last part of the key, or by all of it where it differs from its namesakes; a
+# test sees that every number has one.
 # fmt: off
 POSITIVE = {
     "valid_days", "test_days", "train_prompts_per_user", "max_signals", "min_signals", "hidden_size", "num_layers",
@@ -17,16 +18,17 @@ POSITIVE = {
     "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
     "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
     "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
-    "teacher_lists", "align_articles",
+    "teacher_lists", "align_articles", "lora_alpha",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words",
+    "lora_rank", "warm_start.steps",
 }
 SHARE = {"max_refused_share", "clip_low"}
 # fmt: on
-OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor"}
-"""Numbers whose bounds stand in ``_problems``."""
+OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets"}
+"""Settings whose bounds stand in ``_problems``."""
 
 
 def validate(config: Config) -> None:
@@ -41,9 +43,9 @@ def _out_of_bounds(config: Config) -> Iterator[str]:
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, int | float)]
         if not all(map(math.isfinite, numbers)):
             yield f"`{key}` is {json.dumps(value)}, expected a finite number"
-        elif name in POSITIVE and not all(number > 0 for number in numbers):
+        elif name in POSITIVE and key not in NOT_NEGATIVE and not all(number > 0 for number in numbers):
             yield f"`{key}` is {json.dumps(value)}, expected more than 0"
-        elif name in NOT_NEGATIVE and not all(number >= 0 for number in numbers):
+        elif (name in NOT_NEGATIVE or key in NOT_NEGATIVE) and not all(number >= 0 for number in numbers):
             yield f"`{key}` is {json.dumps(value)}, expected 0 or more"
         elif name in SHARE and not all(0 <= number <= 1 for number in numbers):
             yield f"`{key}` is {json.dumps(value)}, expected a share between 0 and 1"
@@ -70,6 +72,10 @@ def _problems(config: Config) -> Iterator[str]:
     if not any(flatten(config.reward)[name] for name in ("align", "coverage", "specificity", "diversity", "structure")):
         yield "every weight in `reward` is 0, expected at least one above 0"
     for name, model in (("teacher", config.teacher), ("student", config.student)):
+        if config.warm_start.steps == 0 and not model.path:
+            yield f"`warm_start.steps` is 0, but `{name}.path` is empty: a model from scratch needs a warm start"
+        if unknown := [target for target in model.lora_targets if target not in PROJECTIONS]:
+            yield f"`{name}.lora_targets` has {json.dumps(unknown[0])}, expected some of {', '.join(PROJECTIONS)}"
         if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
             yield f"`{name}.num_heads` is {model.num_heads}, expected a multiple of its {model.num_kv_heads} key heads"
         if model.head_dim % 2:

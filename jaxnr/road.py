@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.checkpoint import Checkpoints
-from jaxnr.config import Config, ModelConfig, RewardConfig, SftConfig
+from jaxnr.config import Config, RewardConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
@@ -27,8 +27,8 @@ from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import write_json_lines, write_text
-from jaxnr.mesh import check_batch_sizes, make_mesh, tree_shardings
-from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
+from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
+from jaxnr.models.decoder import init_params
 from jaxnr.progress import progress
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import RewardModel, summarise
@@ -38,6 +38,7 @@ from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
 from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out
+from jaxnr.training.start import make_decoder, pretrained_params
 from jaxnr.training.steps import (
     Batch,
     ScoredBatch,
@@ -90,8 +91,7 @@ class Road:
 
     def policy(self, shape: str) -> Policy:
         """The decoder of ``shape`` ("teacher" or "student") with its sampler."""
-        config: ModelConfig = getattr(self.config, shape)
-        model = Decoder(decoder_config(config, len(self.tokenizer)), remat=config.remat)
+        model = make_decoder(getattr(self.config, shape), self.tokenizer)
         return make_policy(model, self.tokenizer, self.config.prompt, self.mesh, self.signal_terms)
 
     def has_trained(self, stage: str) -> bool:
@@ -110,12 +110,8 @@ class Road:
     def trained_params(self, policy: Policy, stage: str) -> dict:
         """The parameters that a training stage ended with."""
         params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
-        shardings = tree_shardings(params, self.mesh)
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params, shardings
-        )
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
-            return checkpoints.restore_params(params)
+            return checkpoints.restore_params(abstract_on(params, self.mesh))
 
     def roll_out(
         self, policy: Policy, params: dict, examples: Sequence[Example], samples: int, temperature: float, step: int
@@ -174,7 +170,10 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
 
 
 def warm_start(road: Road) -> None:
-    """Supervised steps that give the teacher and the student the format and the language (see training/targets.py)."""
+    """Supervised steps that give the teacher and the student the format and the language (see training/targets.py).
+
+    Pretrained models know both; with ``warm_start.steps`` 0 they stay as they are.
+    """
     config = road.config.warm_start
     train = list(road.examples["train"])
     t1, _ = split_times(road.tables, road.config.data)
@@ -184,11 +183,16 @@ def warm_start(road: Road) -> None:
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
     for offset, shape in enumerate(("teacher", "student")):
         policy = road.policy(shape)
+        path, seed = getattr(road.config, shape).path, 2 * road.config.seed + offset
+        if path:
+            params = pretrained_params(policy.model, path, road.mesh, seed)
+        else:
+            params = fresh_params(policy.model, road.tokenizer, texts, seed)
         supervise(
             road,
             f"warm_start_{shape}",
             policy,
-            fresh_params(policy.model, road.tokenizer, texts, 2 * road.config.seed + offset),
+            params,
             config,
             config.steps,
             warm_start_batches(policy, config.group_size, road.config.seed, words, reading_steps=config.steps * 2 // 3),
@@ -336,23 +340,6 @@ def supervise(
         return update(state, make_batch(examples, index))
 
     return road.train(stage, state, step, steps=steps, prompts=config.prompts_per_step, source=source)
-
-
-def decoder_config(config: ModelConfig, vocabulary_size: int) -> DecoderConfig:
-    """The decoder of a configured shape over a tokenizer's vocabulary."""
-    return DecoderConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=config.hidden_size**-0.5,  # 0.02, usual for large widths, leaves small models asleep
-    )
 
 
 _RUN = {"sft": warm_start, "grpo": train_teacher, "distill": distill_student, "evaluate": evaluate}

@@ -22,9 +22,10 @@ from jaxnr.data.readers import read_tables
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.files import write_text
+from jaxnr.models.weights import model_folder
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_prompt, render_signals
-from jaxnr.prompting.tokenizer import train_tokenizer
+from jaxnr.prompting.tokenizer import adopt_tokenizer, train_tokenizer
 from jaxnr.retrieval.embedder import Embedder, TfidfSvdEmbedder, load_embedder
 from jaxnr.retrieval.index import NEVER, ArticleIndex
 from jaxnr.rewards.composite import RewardModel
@@ -48,7 +49,10 @@ def prepare_data(config: Config, out: Path) -> None:
     terms = TermStatistics.fit(texts)
     terms.save(out / "retrieval" / "signal_terms.json")
     corpus = tokenizer_corpus(splits.train, texts, terms, config.prompt)
-    tokenizer = train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
+    if pretrained := [model.path for model in (config.teacher, config.student) if model.path]:
+        tokenizer = adopt_tokenizer([model_folder(path) for path in pretrained], out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
     _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, terms, t1)
     report = _report(tables, splits, reader, t1, t2)
     report["prompts_shortened"] = {

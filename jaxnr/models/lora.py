@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from jaxnr.config import PROJECTIONS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -22,7 +24,7 @@ class LoraConfig:
 
     rank: int = 0
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = PROJECTIONS
 
     @property
     def scale(self) -> float:
@@ -70,6 +72,17 @@ def trainable(params: dict) -> dict:
 def with_trainable(params: dict, changed: dict) -> dict:
     """``params`` with the leaves of ``changed``, which is shaped as ``trainable(params)``."""
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(changed)})
+
+
+def with_new_adapters(params: dict, abstract: dict, key: jax.Array) -> dict:
+    """``params`` with the adapters that ``abstract`` has beside them, as they begin: A random, B zero."""
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(abstract)
+    given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+    for number, path in enumerate(sorted(path for path in flat if path not in given)):
+        leaf = flat[path]
+        deviation = leaf.shape[-2] ** -0.5 if path[-1] == "lora_a" else 0.0
+        given[path] = deviation * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+    return traverse_util.unflatten_dict(given)
 
 
 def merge(params: dict, config: LoraConfig) -> dict:

@@ -116,6 +116,19 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
+def adopt_tokenizer(models: Sequence[Path], folder: Path) -> PreTrainedTokenizerBase:
+    """Copies the tokenizer that pretrained models share into ``folder``; returns it as loaded from there.
+
+    Raises InputError where two models have other tokens: a student learns the teacher's distribution token by token.
+    """
+    tokenizer = load_tokenizer(models[0])
+    for other in models[1:]:
+        if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"{other}: its tokenizer has other tokens than that of {models[0]}; expected the same.")
+    _save(tokenizer, folder)
+    return load_tokenizer(folder)
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that chats, from where ``read_tokenizer`` finds it.
 
@@ -156,7 +169,7 @@ def read_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Each file whole or not at all; other files of the folder (weights, say) stay."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:

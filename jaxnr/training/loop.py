@@ -39,10 +39,13 @@ def train(
     """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if any.
 
     ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
-    end; they never change what is trained.
+    end; they never change what is trained. A stage of no steps leaves a checkpoint of what it was given.
     """
     with Checkpoints(folder) as checkpoints:
-        done = checkpoints.latest_step() or 0
+        saved = checkpoints.latest_step()
+        if saved is None and not steps:
+            checkpoints.save(0, state, batches.get_state())
+        done = saved or 0
         if done:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)

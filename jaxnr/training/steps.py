@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from jaxnr.config import GrpoConfig, OptimizerConfig
 from jaxnr.mesh import batch_sharding, replicated, tree_shardings
 from jaxnr.models.decoder import Decoder, head_VD
+from jaxnr.models.lora import trainable, with_trainable
 from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, reverse_kl, sft_loss, token_logprobs
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes."""
+    """Everything a step changes. Of parameters with adapters only these have optimizer state, and change."""
 
     step: jax.Array
     params: dict
@@ -63,7 +64,7 @@ def create_state(params: dict, optimizer: optax.GradientTransformation, mesh: Me
     """The state before the first step, placed on the mesh. Copies ``params``, since steps donate their state."""
 
     def build(params: dict) -> TrainState:
-        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(trainable(params)))
 
     shardings = tree_shardings(jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=shardings)(params)
@@ -80,11 +81,16 @@ def _jit_step(step: Callable, state: TrainState, mesh: Mesh, constants: int = 0)
     )
 
 
-def _updated(
-    state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradients: dict, metrics: dict
+def _step_down(
+    loss_fn: Callable[[dict], tuple[jax.Array, dict]], state: TrainState, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict]:
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = cast(dict, optax.apply_updates(state.params, updates))
+    """One update of what is trainable, by the gradient of ``loss_fn(params) -> (loss, metrics)``."""
+    changing = trainable(state.params)
+    (loss, metrics), gradients = jax.value_and_grad(
+        lambda changing: loss_fn(with_trainable(state.params, changing)), has_aux=True
+    )(changing)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, changing)
+    params = with_trainable(state.params, cast(dict, optax.apply_updates(changing, updates)))
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **metrics}
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -106,14 +112,13 @@ def make_sft_step(
 ) -> Callable:
     """Supervised fine-tuning: warm start, and supervised distillation."""
 
-    def loss_fn(params: dict, batch: Batch) -> jax.Array:
+    def loss_fn(params: dict, batch: Batch) -> tuple[jax.Array, dict]:
         hidden = _hidden_states(model, params, batch)
         logprobs = token_logprobs(hidden, head_VD(params), batch.completion_BGT, vocabulary_size=vocabulary_size)
-        return sft_loss(logprobs, batch.mask_BGT)
+        return sft_loss(logprobs, batch.mask_BGT), {}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch)
-        return _updated(state, optimizer, loss, gradients, {})
+        return _step_down(lambda params: loss_fn(params, batch), state, optimizer)
 
     return _jit_step(step, state, mesh)
 
@@ -157,8 +162,7 @@ def make_grpo_step(
         return loss, metrics
 
     def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-        return _updated(state, optimizer, loss, gradients, metrics)
+        return _step_down(lambda params: loss_fn(params, batch), state, optimizer)
 
     return _jit_step(step, state, mesh)
 
@@ -174,7 +178,7 @@ def make_distill_step(
 ) -> Callable:
     """``step(state, teacher_params, batch)``: exact reverse KL on the student's samples, no gradient through them."""
 
-    def loss_fn(params: dict, teacher_params: dict, batch: Batch) -> jax.Array:
+    def loss_fn(params: dict, teacher_params: dict, batch: Batch) -> tuple[jax.Array, dict]:
         kl_BGT = reverse_kl(
             _hidden_states(student, params, batch),
             head_VD(params),
@@ -183,11 +187,10 @@ def make_distill_step(
             vocabulary_size=vocabulary_size,
             temperature=temperature,
         )
-        return masked_mean(kl_BGT, batch.mask_BGT)
+        loss = masked_mean(kl_BGT, batch.mask_BGT)
+        return loss, {"reverse_kl": loss, "completion_tokens": jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))}
 
     def step(state: TrainState, teacher_params: dict, batch: Batch) -> tuple[TrainState, dict]:
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params, teacher_params, batch)
-        tokens = jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))
-        return _updated(state, optimizer, loss, gradients, {"reverse_kl": loss, "completion_tokens": tokens})
+        return _step_down(lambda params: loss_fn(params, teacher_params, batch), state, optimizer)
 
     return _jit_step(step, state, mesh, constants=1)
