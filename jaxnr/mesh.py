@@ -26,6 +26,14 @@ PARTITION = (
     (r"layers/(o|down)_proj/lora_b", P(None, None, "fsdp")),
     (r"layers/(q|k|v)_proj/bias", P(None, "tensor")),
     (r"norm/weight", P()),
+    # Encoders; their norms, position and token-type embeddings are on every device.
+    (r"word_embeddings/embedding", P("tensor", "fsdp")),
+    (r"layers/(query|key|value|intermediate)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/(attention_)?output/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(query|key|value|intermediate)/bias", P(None, "tensor")),
+    (r"classifier_dense/kernel", P("fsdp", "tensor")),
+    (r"classifier_dense/bias", P("tensor")),
+    (r"classifier_out/kernel", P("tensor", "fsdp")),
 )
 """Optimizer moments end in the same paths as their parameters, so the table shards them too."""
 

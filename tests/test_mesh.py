@@ -9,6 +9,7 @@ from tiny import tiny_decoder
 from jaxnr.config import Config, DistillConfig, MeshConfig, OptimizerConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import AXES, batch_sharding, check_batch_sizes, make_mesh, partition_spec, tree_shardings
+from jaxnr.models import encoder
 from jaxnr.models.decoder import init_params
 from jaxnr.training.steps import make_optimizer
 
@@ -65,6 +66,47 @@ def test_the_table_shards_every_parameter_but_the_norms_and_their_moments_alike(
     moments = leaves(opt_state, mesh)
     for name, spec in specs.items():
         assert [other for path, other in moments.items() if path.endswith(f"/{name}")] == [spec, spec], name
+
+
+ENCODER = encoder.EncoderConfig(
+    model_type="roberta",
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=24,
+    max_position_embeddings=20,
+    type_vocab_size=1,
+    layer_norm_eps=1e-5,
+    hidden_act="gelu",
+    initializer_range=0.02,
+    pad_token_id=1,
+)
+
+
+def test_the_table_shards_every_matrix_of_encoders_and_classifiers():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows, columns = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+    layers = {
+        **{f"layers/{name}/kernel": rows for name in ("query", "key", "value", "intermediate")},
+        **{f"layers/{name}/bias": P(None, "tensor") for name in ("query", "key", "value", "intermediate")},
+        **{f"layers/{name}/kernel": columns for name in ("attention_output", "output")},
+        "word_embeddings/embedding": P("tensor", "fsdp"),
+    }
+    head = {
+        "classifier_dense/kernel": P("fsdp", "tensor"),
+        "classifier_dense/bias": P("tensor"),
+        "classifier_out/kernel": P("tensor", None),  # three labels cannot be spread over two devices
+    }
+    whole = {f"encoder/{name}": spec for name, spec in layers.items()} | head
+    for model, expected in (
+        (encoder.Encoder(ENCODER), layers),
+        (encoder.Classifier(ENCODER, ("a", "b", "c")), whole),
+    ):
+        specs = leaves(jax.eval_shape(lambda m=model: encoder.init_params(m, jax.random.key(0))), mesh)
+        assert {name: spec for name, spec in specs.items() if any(spec)} == expected
+        replicated = {name.split("/")[-2] for name in specs if name not in expected}
+        assert {"position_embeddings", "embeddings_norm", "attention_norm", "output_norm"} <= replicated
 
 
 def test_an_axis_that_does_not_divide_its_dimension_is_left_out():

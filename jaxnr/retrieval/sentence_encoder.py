@@ -1,4 +1,4 @@
-"""Sentence encoders (arXiv 1908.10084): BERT, pooled and normalised, from a local folder or the hub."""
+"""Sentence encoders (arXiv 1908.10084): BERT or RoBERTa, pooled and normalised, from a local folder or the hub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxnr.errors import InputError
+from jaxnr.mesh import batch_sharding, replicated, tree_shardings
 from jaxnr.models.encoder import Encoder, load_encoder, mean_pool
 from jaxnr.models.weights import model_folder, read_json
 
@@ -31,9 +31,9 @@ class SentenceEncoder:
     the model's maximal length. Its vector does not depend on the texts beside it.
 
     Args:
-        name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain BERT (then: mean
-            pooling).
-        mesh: batches are spread over all of its axes; None for the default device.
+        name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain BERT or RoBERTa
+            (then: mean pooling).
+        mesh: batches are spread over its data and fsdp axes, parameters by its table; None for the default device.
 
     Raises InputError naming the file that is missing, or the part of the model that is not supported.
     """
@@ -43,10 +43,10 @@ class SentenceEncoder:
         self._model, params = load_encoder(parts.encoder)
         self.size: int = self._model.config.hidden_size
         self._tokenizer = _load_tokenizer(parts.encoder)
-        limits = (parts.max_tokens, self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        limits = (parts.max_tokens, self._tokenizer.model_max_length, self._model.config.max_tokens)
         self._max_tokens = int(min(limits))
         self._lower_case = parts.lower_case
-        self._devices = 1 if mesh is None else mesh.size
+        self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self._params, self._encode = _place(self._model, params, parts.pooling, mesh)
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
@@ -61,7 +61,7 @@ class SentenceEncoder:
         encoded = []
         for length, batch in _batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
             count = _batch_size(len(batch), length)
-            tokens_BS = np.zeros((count + -count % self._devices, length), np.int32)
+            tokens_BS = np.zeros((count + -count % self._ways, length), np.int32)
             mask_BS = np.zeros(tokens_BS.shape, bool)
             for place, row in enumerate(batch):
                 tokens_BS[place, : len(token_ids[row])] = token_ids[row]
@@ -133,8 +133,8 @@ def _read_pooling(path: Path) -> str:
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a folder. Raises InputError when there is none (transformers would make an empty one)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise InputError(f"{folder}: expected a tokenizer, tokenizer.json or vocab.txt.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise InputError(f"{folder}: expected a tokenizer: tokenizer.json, vocab.txt or vocab.json (with merges.txt).")
     try:
         return AutoTokenizer.from_pretrained(folder, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
@@ -153,6 +153,6 @@ def _place(model: Encoder, params: dict, pooling: str, mesh: Mesh | None) -> tup
 
     if mesh is None:
         return jax.device_put(params), jax.jit(encode)
-    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(tuple(mesh.axis_names)))
-    compiled = jax.jit(encode, in_shardings=(everywhere, spread, spread), out_shardings=everywhere)
-    return jax.device_put(params, everywhere), compiled
+    shardings, spread = tree_shardings(params, mesh), batch_sharding(mesh)
+    compiled = jax.jit(encode, in_shardings=(shardings, spread, spread), out_shardings=replicated(mesh))
+    return jax.device_put(params, shardings), compiled

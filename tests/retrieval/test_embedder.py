@@ -9,6 +9,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
 
 from jaxnr.config import MeshConfig, RetrievalConfig
 from jaxnr.errors import InputError
@@ -149,6 +150,30 @@ def tiny(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def tiny_roberta(tmp_path) -> Path:
+    """A random tiny RoBERTa, at most 12 tokens a text, with a byte-level tokenizer in its two old files."""
+    torch = pytest.importorskip("torch", reason="transformers needs torch to make a model (pip install -e .[parity])")
+    torch.manual_seed(0)
+    tokenizer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(corpus(), vocab_size=320, special_tokens=special, show_progress=False)
+    tokenizer.save_model(str(tmp_path))
+    write(tmp_path / "tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer", "model_max_length": 512})
+    config = transformers.RobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=14,
+        type_vocab_size=1,
+        initializer_range=1.0,
+    )
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
 def transformers_vectors(folder, texts, pooling="mean", max_tokens=12):
     """Mean- or cls-pooled unit vectors, one text at a time and so without padding."""
     torch = pytest.importorskip("torch", reason="parity needs torch (pip install -e .[parity])")
@@ -174,6 +199,15 @@ TEXTS = ["goal", "rocket launch orbit", "Goal bread " * 30, "oven butter zebra"]
 
 def test_a_plain_bert_folder_is_mean_pooled_and_cut_to_its_positions(tiny):
     assert_same_directions(SentenceEncoder(str(tiny)).embed_queries(TEXTS), transformers_vectors(tiny, TEXTS))
+
+
+def test_a_roberta_is_cut_to_the_positions_behind_its_paddings(tiny_roberta):
+    encoder = SentenceEncoder(str(tiny_roberta))
+    ours_NE = encoder.embed_queries(TEXTS)
+    assert_same_directions(ours_NE, transformers_vectors(tiny_roberta, TEXTS))
+    assert (encoder.embed_queries([TEXTS[2], TEXTS[2] + " orbit"]) == ours_NE[2]).all()
+    eight = SentenceEncoder(str(tiny_roberta), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    np.testing.assert_allclose(eight.embed_queries(TEXTS), ours_NE, atol=2e-6)
 
 
 def test_sentence_transformers_files_are_followed(tiny):
