@@ -103,7 +103,11 @@ class RetrievalConfig:
 
     embedder: Literal["tfidf_svd", "sentence_encoder"] = "tfidf_svd"
     embedder_path: str = ""
-    """Local folder or hub name of the sentence encoder."""
+    """Local folder or hub name of the sentence encoder: BERT, RoBERTa or Qwen3-Embedding."""
+    embedder_compute: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and activations of a sentence encoder."""
+    query_task: str = "Given a news search query, retrieve news articles that match it"
+    """What encoders that follow instructions (Qwen3-Embedding) are told of each query; others do not read it."""
     embedding_size: int = 320
     """Of the TF-IDF + SVD embedder; a sentence encoder has its own."""
     articles_per_query: int = 10

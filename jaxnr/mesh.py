@@ -90,13 +90,13 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def abstract_on(tree, mesh: Mesh, dtype=None):
-    """Shape, type (``dtype`` for all, where given) and sharding of every array of a tree of parameters."""
+def abstract_on(tree, mesh: Mesh | None, dtype=None):
+    """Shape, type (``dtype`` for all, where given) and, with a mesh, sharding of every parameter of a tree."""
 
-    def leaf(x, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def leaf(x, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
 
-    return jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
+    return jax.tree.map(leaf, tree) if mesh is None else jax.tree.map(leaf, tree, tree_shardings(tree, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

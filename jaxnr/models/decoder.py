@@ -72,6 +72,11 @@ class DecoderConfig:
             raise InputError(f"{path}: expected the key {missing[0]} of a {given['model_type']} decoder.")
         return cls(**values)
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the model was made for."""
+        return self.max_position_embeddings
+
     def to_json(self) -> dict[str, Any]:
         """What config.json says of this shape, for transformers 4 and 5."""
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}

@@ -5,18 +5,18 @@ The two differ in how they count positions, and nowhere else. RoBERTa also comes
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
+from jaxnr.mesh import abstract_on
 from jaxnr.models.weights import Row, load_params, read_json
 
 ACTIVATIONS = {
@@ -66,6 +66,10 @@ class EncoderConfig:
         if content["hidden_act"] not in ACTIVATIONS:
             raise InputError(f"{path}: hidden_act {content['hidden_act']!r}; expected one of {', '.join(ACTIVATIONS)}.")
         return cls(**{name: content[name] for name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json says of this shape."""
+        return {**dataclasses.asdict(self), "position_embedding_type": "absolute"}
 
     @property
     def max_tokens(self) -> int:
@@ -147,6 +151,13 @@ class Classifier(nn.Module):
         inner_BD = jnp.tanh(dense(self.config.hidden_size, name="classifier_dense")(first_BD))
         return dense(len(self.labels), name="classifier_out")(inner_BD)
 
+    def to_json(self) -> dict[str, Any]:
+        """What config.json says of this model."""
+        names = {str(number): label for number, label in enumerate(self.labels)}
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        kind = {"architectures": ["RobertaForSequenceClassification"], "id2label": names, "label2id": numbers}
+        return self.config.to_json() | kind
+
 
 def positions(config: EncoderConfig, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
     """Rows of the position embedding, [1, S] for BERT and [B, S] for RoBERTa.
@@ -205,20 +216,20 @@ _POOLER_AND_CONSTANT = ("pooler.", "embeddings.position_ids")  # the second is i
 _HEADS = ("cls.", "lm_head.", "classifier.")
 
 
-def load_encoder(folder: Path) -> tuple[Encoder, dict]:
-    """The encoder of a BERT or RoBERTa in the Hugging Face layout and its float32 parameters, on the host.
+def load_encoder(folder: Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> tuple[Encoder, dict]:
+    """The encoder of a BERT or RoBERTa in the Hugging Face layout; its parameters as ``dtype``, spread over ``mesh``.
 
     The heads of a checkpoint are left out. Raises InputError naming the file, key or tensor that does not fit.
     """
     config = EncoderConfig.read(folder / "config.json")
     model = Encoder(config)
-    table = _with_old_names(ENCODER_TABLE) if _has_old_names(folder / "model.safetensors") else ENCODER_TABLE
+    abstract = _abstract(model, mesh, dtype)
     ignored = (*_POOLER_AND_CONSTANT, *_HEADS)
-    return model, load_params(folder, table, _abstract(model), prefix=f"{config.model_type}.", ignored=ignored)
+    return model, load_params(folder, ENCODER_TABLE, abstract, prefix=f"{config.model_type}.", ignored=ignored)
 
 
-def load_classifier(folder: Path) -> tuple[Classifier, dict]:
-    """A RoBERTa with its classification head in the Hugging Face layout and its float32 parameters, on the host.
+def load_classifier(folder: Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> tuple[Classifier, dict]:
+    """A RoBERTa with its classification head in the Hugging Face layout, and its parameters, as by ``load_encoder``.
 
     Raises InputError naming the file, key or tensor that does not fit.
     """
@@ -228,11 +239,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict]:
         raise InputError(f"{path}: model_type {config.model_type!r}; expected 'roberta', whose classifiers are read.")
     model = Classifier(config, _read_labels(path))
     ignored = (*(f"roberta.{name}" for name in _POOLER_AND_CONSTANT), "lm_head.")
-    return model, load_params(folder, CLASSIFIER_TABLE, _abstract(model), prefix="", ignored=ignored)
+    return model, load_params(folder, CLASSIFIER_TABLE, _abstract(model, mesh, dtype), prefix="", ignored=ignored)
 
 
-def _abstract(model: Encoder | Classifier) -> dict:
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+def _abstract(model: Encoder | Classifier, mesh: Mesh | None, dtype: Any) -> dict:
+    return abstract_on(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh, dtype)
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -249,19 +260,3 @@ def _read_labels(path: Path) -> tuple[str, ...]:
     if len(numbers) < 2 or set(names) != set(numbers):
         raise InputError(f"{path}: id2label {names!r}; expected the names of two or more labels, from '0' on.")
     return tuple(str(names[number]) for number in numbers)
-
-
-def _with_old_names(table: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows with the norms' tensors called gamma and beta, as in the first BERTs (bert-base-uncased among them)."""
-
-    def old(name: str) -> str:
-        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-
-    return tuple(row._replace(name=old(row.name)) for row in table)
-
-
-def _has_old_names(path: Path) -> bool:
-    """False also for a file that cannot be read: ``load_params`` says so."""
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as file:
-        return any(name.endswith("LayerNorm.gamma") for name in file.keys())  # noqa: SIM118 (not a mapping)
-    return False

@@ -22,17 +22,20 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxnr.errors import InputError
 from jaxnr.mesh import abstract_on
-from jaxnr.models import decoder
+from jaxnr.models import decoder, encoder
 from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
+from jaxnr.models.encoder import Classifier, Encoder, load_classifier, load_encoder
 from jaxnr.models.lora import NO_LORA, merge
 from jaxnr.models.weights import load_params, model_folder, new_folder, read_json, save_params
 from jaxnr.prompting.tokenizer import load_tokenizer, read_tokenizer
+
+Model = Decoder | Encoder | Classifier
 
 
 class Loaded(NamedTuple):
     """A model, its parameters and its tokenizer."""
 
-    model: Any
+    model: Model
     params: dict
     tokenizer: PreTrainedTokenizerBase
 
@@ -52,6 +55,10 @@ def load(name_or_path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp
         check_tokenizer(folder, config, tokenizer)
         model = Decoder(config, dtype=dtype)
         return Loaded(model, load_decoder_params(folder, model, mesh, dtype), tokenizer)
+    if kind in ("bert", "roberta"):
+        classifies = any(name.endswith("ForSequenceClassification") for name in content.get("architectures") or [])
+        loader = load_classifier if classifies else load_encoder
+        return Loaded(*loader(folder, mesh, dtype), read_tokenizer(folder))
     raise InputError(f"{folder / 'config.json'}: model_type is {kind!r}; expected one of qwen2, qwen3, bert, roberta.")
 
 
@@ -80,26 +87,29 @@ def check_tokenizer(folder: Path, config: DecoderConfig, tokenizer: PreTrainedTo
 def load_decoder_params(folder: Path, model: Decoder, mesh: Mesh | None, dtype: Any = jnp.float32) -> dict:
     """The parameters of a decoder without adapters, as ``dtype``, spread over ``mesh``."""
     bare = model.clone(lora=NO_LORA)
-    shapes = jax.eval_shape(lambda: init_params(bare, jax.random.key(0)))
-    if mesh is None:
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    else:
-        abstract = abstract_on(shapes, mesh, dtype)
+    abstract = abstract_on(jax.eval_shape(lambda: init_params(bare, jax.random.key(0))), mesh, dtype)
     # A tied head is the embedding; some files have it once more.
     ignored = ("lm_head.",) if model.config.tie_word_embeddings else ()
     return load_params(folder, decoder.table(model.config), abstract, prefix="model.", ignored=ignored)
 
 
-def save(folder: str | Path, model: Decoder, params: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(folder: str | Path, model: Model, params: dict, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes config.json, the tokenizer and safetensors, which transformers loads with equal logits.
 
     Adapters are merged into the weights. The folder appears whole or not at all. Raises InputError where it exists.
     """
-    params = merge(params, model.lora)
+    if isinstance(model, Decoder):
+        params = merge(params, model.lora)
+        table, prefix, content = decoder.table(model.config), "model.", model.config.to_json()
+        content |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    elif isinstance(model, Classifier):
+        table, prefix, content = encoder.CLASSIFIER_TABLE, "", model.to_json()
+    else:
+        kind = {"bert": "BertModel", "roberta": "RobertaModel"}[model.config.model_type]
+        table, prefix, content = encoder.ENCODER_TABLE, "", {**model.config.to_json(), "architectures": [kind]}
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    content |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
     with new_folder(Path(folder)) as partial:
         tokenizer.save_pretrained(partial)
-        dtype = params["embed_tokens"]["embedding"].dtype
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        content = model.config.to_json() | special | {"dtype": str(dtype), "torch_dtype": str(dtype)}
         (partial / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-        save_params(partial, decoder.table(model.config), params, prefix="model.")
+        save_params(partial, table, params, prefix=prefix)

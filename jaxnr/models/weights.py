@@ -108,7 +108,7 @@ def load_params(folder: Path, table: Sequence[Row], abstract: dict, *, prefix: s
         places = _places(folder, wanted, stack, prefix, ignored)
         if missing := [name for name in wanted if name not in places]:
             raise InputError(
-                f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all) from the safetensors there."
+                f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all) from the safetensors there."
             )
         for name, row in wanted.items():
             _check(folder, places[name], row, leaves[row.path].shape)
@@ -131,12 +131,17 @@ def _places(
         with _readable(path):
             file = stack.enter_context(safe_open(path, framework="numpy"))
         for full_name in file.keys():  # noqa: SIM118 (not a mapping)
-            name = full_name.removeprefix(prefix)
+            name = _current_name(full_name.removeprefix(prefix))
             if name in wanted:
                 places[name] = _Place(file, full_name, wanted[name].transpose)
             elif not name.startswith(ignored):
                 raise InputError(f"{path}: tensor {full_name} has no place in this model; is it of another kind?")
     return places
+
+
+def _current_name(name: str) -> str:
+    """The first BERTs (bert-base-uncased among them) call what is now weight and bias of a norm gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _check(folder: Path, place: _Place, row: Row, shape: tuple[int, ...]) -> None:

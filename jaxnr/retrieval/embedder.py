@@ -51,7 +51,7 @@ def load_embedder(config: RetrievalConfig, corpus: Sequence[str], seed: int, mes
             "config key retrieval.embedder_path is empty; with retrieval.embedder = 'sentence_encoder' a local folder "
             "or the name of a model on the Hugging Face hub is expected, as sentence-transformers/all-MiniLM-L6-v2."
         )
-    return SentenceEncoder(config.embedder_path, mesh)
+    return SentenceEncoder(config.embedder_path, mesh, config.embedder_compute, config.query_task)
 
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Han: no spaces, a character is a term

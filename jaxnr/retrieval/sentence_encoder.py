@@ -1,53 +1,73 @@
-"""Sentence encoders (arXiv 1908.10084): BERT or RoBERTa, pooled and normalised, from a local folder or the hub."""
+"""Sentence encoders, pooled and normalised, from a local folder or the hub.
+
+BERT and RoBERTa (arXiv 1908.10084) encode queries and documents alike. Qwen3-Embedding (arXiv 2506.05176) is a decoder:
+an end token is appended, whose state is the vector, and a query stands behind an instruction.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxnr.errors import InputError
 from jaxnr.mesh import batch_sharding, replicated, tree_shardings
-from jaxnr.models.encoder import Encoder, load_encoder, mean_pool
+from jaxnr.models.decoder import Decoder
+from jaxnr.models.encoder import Classifier, Encoder, mean_pool
+from jaxnr.models.huggingface import load
 from jaxnr.models.weights import model_folder, read_json
 
 _SHORTEST = 16  # tokens; longer buckets are the powers of two
 _SMALL_BATCH = 8
 _LARGE_BATCH = 64
 _MOST_TOKENS = 8192  # in a batch, where that allows a small one
-_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_POOLING = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 class SentenceEncoder:
-    """Text to unit vectors by a BERT-type model; queries and documents are encoded alike.
+    """Text to unit vectors by a pretrained encoder.
 
     Texts are padded to one of a few lengths and batches to one of two sizes, so few programs compile. A text is cut to
     the model's maximal length. Its vector does not depend on the texts beside it.
 
     Args:
-        name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain BERT or RoBERTa
-            (then: mean pooling).
+        name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain model (then: mean
+            pooling of a BERT or RoBERTa, the last token of a Qwen3).
         mesh: batches are spread over its data and fsdp axes, parameters by its table; None for the default device.
+        dtype: of parameters and activations.
+        query_task: what a model that follows instructions is told of each query.
 
     Raises InputError naming the file that is missing, or the part of the model that is not supported.
     """
 
-    def __init__(self, name: str, mesh: Mesh | None = None):
+    def __init__(self, name: str, mesh: Mesh | None = None, dtype: str = "float32", query_task: str = ""):
         parts = _read_parts(model_folder(name))
-        self._model, params = load_encoder(parts.encoder)
-        self.size: int = self._model.config.hidden_size
-        self._tokenizer = _load_tokenizer(parts.encoder)
-        limits = (parts.max_tokens, self._tokenizer.model_max_length, self._model.config.max_tokens)
+        model, params, self._tokenizer = load(parts.encoder, mesh=mesh, dtype=jnp.dtype(dtype))
+        if isinstance(model, Classifier):
+            raise InputError(f"{parts.encoder}: a classifier; expected a model that embeds.")
+        self.size: int = model.config.hidden_size
+        instructed = isinstance(model, Decoder)
+        self._query_prefix = f"Instruct: {query_task}\nQuery:" if instructed else ""
+        self._end_id = self._tokenizer.pad_token_id if instructed else None
+        limits = (parts.max_tokens, self._tokenizer.model_max_length, model.config.max_tokens)
         self._max_tokens = int(min(limits))
         self._lower_case = parts.lower_case
         self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self._params, self._encode = _place(self._model, params, parts.pooling, mesh)
+        self._params = params
+        self._encode = _compiled(model, params, parts.pooling or ("last" if instructed else "mean"), mesh)
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit float32 rows [N, E]; zero for blank texts."""
+        return self.embed_documents([self._query_prefix + text if text.strip() else "" for text in texts])
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
         """Unit float32 rows [N, E]; zero for blank texts."""
@@ -55,9 +75,7 @@ class SentenceEncoder:
         rows = [row for row, text in enumerate(texts) if text.strip()]
         if not rows:
             return vectors_NE
-        given = [texts[row].lower() if self._lower_case else texts[row] for row in rows]
-        tokenized = self._tokenizer(given, truncation=True, max_length=self._max_tokens)
-        token_ids = dict(zip(rows, tokenized["input_ids"], strict=True))
+        token_ids = dict(zip(rows, self._tokenize([texts[row] for row in rows]), strict=True))
         encoded = []
         for length, batch in _batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
             count = _batch_size(len(batch), length)
@@ -71,7 +89,14 @@ class SentenceEncoder:
             vectors_NE[batch] = np.asarray(vectors_BE)[: len(batch)]
         return vectors_NE
 
-    embed_queries = embed_documents
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, cut to the longest that the model reads, with the end token where it wants one."""
+        given = [text.lower() for text in texts] if self._lower_case else texts
+        room = self._max_tokens - (self._end_id is not None)
+        ids = cast(Any, self._tokenizer(given, truncation=True, max_length=room)["input_ids"])
+        if self._end_id is None:
+            return ids
+        return [row if row[-1:] == [self._end_id] else [*row, self._end_id] for row in ids]
 
 
 def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:
@@ -97,7 +122,7 @@ class _Parts(NamedTuple):
     """What the files of a sentence-transformers model say beside the weights."""
 
     encoder: Path
-    pooling: str
+    pooling: str | None
     max_tokens: float
     lower_case: bool
 
@@ -121,38 +146,34 @@ def _read_parts(folder: Path) -> _Parts:
     )
 
 
-def _read_pooling(path: Path) -> str:
-    """'mean' or 'cls'; mean where there is no such file. Raises InputError for any other pooling."""
+def _read_pooling(path: Path) -> str | None:
+    """'mean', 'cls' or 'last'; None where there is no such file. Raises InputError for any other pooling."""
     if not path.is_file():
-        return "mean"
+        return None
     modes = [key for key, value in read_json(path).items() if key.startswith("pooling_mode_") and value is True]
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise InputError(f"{path}: pooling by {modes}; expected one of {list(_POOLING)}.")
     return _POOLING[modes[0]]
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a folder. Raises InputError when there is none (transformers would make an empty one)."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        raise InputError(f"{folder}: expected a tokenizer: tokenizer.json, vocab.txt or vocab.json (with merges.txt).")
-    try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: expected a tokenizer in the Hugging Face layout ({error}).") from error
-
-
-def _place(model: Encoder, params: dict, pooling: str, mesh: Mesh | None) -> tuple[dict, Callable[..., jax.Array]]:
-    """The parameters on the devices, and encode(params, tokens_BS, mask_BS) -> unit vectors [B, E]."""
+def _compiled(model: Encoder | Decoder, params: dict, pooling: str, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """encode(params, tokens_BS, mask_BS) -> unit float32 vectors [B, E] of right-padded texts."""
+    pool = {"mean": mean_pool, "cls": lambda hidden_BSE, mask_BS: hidden_BSE[:, 0], "last": last_pool}[pooling]
 
     def encode(params: dict, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
         # Accelerators multiply float32 in fewer bits by default; these cosines become rewards and rankings.
         with jax.default_matmul_precision("highest"):
-            hidden_BSE = jnp.asarray(model.apply({"params": params}, tokens_BS, mask_BS))
-        pooled_BE = mean_pool(hidden_BSE, mask_BS) if pooling == "mean" else hidden_BSE[:, 0]
+            hidden_BSE = jnp.asarray(model.apply({"params": params}, tokens_BS, mask_BS)).astype(jnp.float32)
+        pooled_BE = pool(hidden_BSE, mask_BS)
         return pooled_BE / jnp.maximum(jnp.linalg.norm(pooled_BE, axis=-1, keepdims=True), 1e-12)
 
     if mesh is None:
-        return jax.device_put(params), jax.jit(encode)
-    shardings, spread = tree_shardings(params, mesh), batch_sharding(mesh)
-    compiled = jax.jit(encode, in_shardings=(shardings, spread, spread), out_shardings=replicated(mesh))
-    return jax.device_put(params, shardings), compiled
+        return jax.jit(encode)
+    spread = batch_sharding(mesh)
+    return jax.jit(encode, in_shardings=(tree_shardings(params, mesh), spread, spread), out_shardings=replicated(mesh))
+
+
+def last_pool(hidden_BSD: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """The state [B, D] of the last attended token of right-padded texts; of the first where there is none."""
+    last_B = jnp.maximum(mask_BS.sum(axis=1) - 1, 0)
+    return jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
