@@ -11,7 +11,7 @@ bit on any number of devices of a kind.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class ArticleIndex:
 
     Args:
         embeddings_IE: float32 article vectors, unit length where scores are to be cosines. They go to the devices shard
-            by shard, so the host holds no second copy of the whole.
+            by shard, so the host copies no more than one shard at a time.
         published_I: UTC seconds; an article can be found from this second on.
         expires_I: UTC seconds; an article can no longer be found from this second on. NEVER (or None for all) if it
             stays.
@@ -210,29 +210,36 @@ def _place(embeddings_IE: Rows, published_I: np.ndarray, expires_I: np.ndarray, 
         np.pad(expires_I, (0, more)).reshape(blocks, block),
     )
 
-    def shard(where) -> np.ndarray:
-        first, last, _ = where[0].indices(blocks)
-        return _padded_rows(embeddings_IE, first * block, last * block).reshape(last - first, block, E)
-
     if mesh is None:
-        return Shelf(jnp.asarray(shard((slice(blocks),))), *map(jnp.asarray, times))
+        return Shelf(jnp.asarray(_read_blocks(embeddings_IE, range(blocks), block)), *map(jnp.asarray, times))
     sharding = NamedSharding(mesh, P(tuple(mesh.axis_names)))
-    embeddings_MIE = jax.make_array_from_callback((blocks, block, E), sharding, shard)
+    # One shard after the other: jax.make_array_from_callback would first gather those of all devices on the host.
+    places = cast(Any, sharding.addressable_devices_indices_map((blocks, block, E)))
+    shards = [
+        jax.device_put(_read_blocks(embeddings_IE, range(blocks)[where[0]], block), device).block_until_ready()
+        for device, where in places.items()
+    ]
+    embeddings_MIE = jax.make_array_from_single_device_arrays((blocks, block, E), sharding, shards)
     return Shelf(embeddings_MIE, *jax.device_put(times, sharding))
 
 
-def _padded_rows(embeddings_IE: Rows, start: int, stop: int) -> np.ndarray:
-    """Rows from ``start`` to ``stop``, zeros past the end. Raises InputError naming the first that is not finite."""
+def _read_blocks(embeddings_IE: Rows, wanted: range, block: int) -> np.ndarray:
+    """Some of the catalogue's blocks [M, block, E], zeros past its end.
+
+    Raises InputError naming the first article whose vector is not finite.
+    """
     size, E = embeddings_IE.shape
-    padded = np.zeros((stop - start, E), np.float32)
-    rows = embeddings_IE[slice(min(start, size), min(stop, size))]
-    padded[: len(rows)] = rows
-    broken = np.flatnonzero(~np.isfinite(padded).all(axis=1))
-    if len(broken):
-        raise InputError(
-            f"article index: the embedding of article row {start + broken[0]} is not finite, expected numbers only."
-        )
-    return padded
+    read_MIE = np.zeros((len(wanted), block, E), np.float32)
+    for read_IE, number in zip(read_MIE, wanted, strict=True):
+        start = min(number * block, size)
+        rows = embeddings_IE[slice(start, min(start + block, size))]
+        read_IE[: len(rows)] = rows
+        broken = np.flatnonzero(~np.isfinite(read_IE).all(axis=1))
+        if len(broken):
+            raise InputError(
+                f"article index: the embedding of article row {start + broken[0]} is not finite, expected numbers only."
+            )
+    return read_MIE
 
 
 def _power_of_two(count: int, smallest: int) -> int:
