@@ -108,6 +108,8 @@ class Generate:
     model: Literal["teacher", "student"] = "student"
     samples: int = 1
     """Lists to sample."""
+    index: Path | None = None
+    """Find the articles of this index (`jaxnr index --run RUN_DIR`) instead of the run's own."""
 
     def __call__(self) -> None:
         if (self.user is None) == (self.events is None):
@@ -117,7 +119,53 @@ class Generate:
         _require_run(self.run_dir)
         from jaxnr.generate import generate
 
-        generate(self.run_dir, self.user, self.events, self.model, self.samples)
+        generate(self.run_dir, self.user, self.events, self.model, self.samples, self.index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Index:
+    """Embed a catalogue into an index that opens by memory map, or add new and changed articles to one.
+
+    Killed or interrupted, the same command goes on where it stopped. No text is embedded twice.
+    """
+
+    articles: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="ARTICLES", metavar="ARTICLES")]
+    """Articles of the neutral schema (.jsonl, .jsonl.gz or .parquet), or the folder of a run, for those it has."""
+    out: Path
+    """Folder of the index."""
+    run: Path | None = None
+    """Embed as the run in this folder does, so that its models can search the index."""
+    embedder: Literal["tfidf_svd", "sentence_encoder"] | None = None
+    """When not given, that of the index; tfidf_svd for a new one."""
+    embedder_path: str = ""
+    """Folder or hub name of the encoder; of tfidf_svd, a folder with a fitted one. Without, tfidf_svd is fitted to the
+    articles that the index begins with."""
+    embedding_size: int = _DEFAULTS.retrieval.embedding_size
+    """Of a tfidf_svd that is to be fitted."""
+    seed: int = 0
+    """Of a tfidf_svd that is to be fitted."""
+
+    def __call__(self) -> None:
+        if self.embedding_size < 1 or self.seed < 0:
+            raise InputError(
+                f"--embedding-size is {self.embedding_size} and --seed {self.seed}; expected 1 or more, 0."
+            )
+        if self.run is not None:
+            if self.embedder is not None or self.embedder_path:
+                raise InputError(
+                    "--run says which embedder is used; expected no --embedder and --embedder-path beside."
+                )
+            _require_run(self.run)
+        elif self.embedder_path and self.embedder is None:
+            raise InputError(f"--embedder-path is {self.embedder_path!r}; expected --embedder with it.")
+        from jaxnr.indexing import index, run_embedder
+
+        kind, path = (self.embedder, self.embedder_path) if self.run is None else run_embedder(self.run)
+        try:
+            index(self.articles, self.out, kind, path, self.embedding_size, self.seed)
+        except KeyboardInterrupt:
+            print("jaxnr: interrupted; the same command goes on from the last finished part", file=sys.stderr)
+            sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +188,7 @@ class Report:
         Console().print(console_table(results))
 
 
-Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Report
+Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Report
 
 _ABOUT = "From what a person searches, browses and reads to news search queries, and from those to news."
 _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to a temporary name beside ``path``, then renames it; makes the folder where there is none."""
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, then renames it; makes the folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` as UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -14,16 +14,28 @@ from jaxnr.data.examples import Example, current_example
 from jaxnr.data.readers.events import read_event_file
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import DEPTH, MODELS, sample_lists
+from jaxnr.indexing import identify, run_embedder
+from jaxnr.mesh import make_mesh
+from jaxnr.retrieval.catalogue_index import Manifest, OpenIndex, open_index
 from jaxnr.road import Road
 
 _MODEL = {"teacher": "teacher", "student": "student_on_policy"}
 
 
-def generate(run_dir: Path, user_id: str | None, events_path: Path | None, model: str, samples: int) -> None:
+def generate(
+    run_dir: Path,
+    user_id: str | None,
+    events_path: Path | None,
+    model: str,
+    samples: int,
+    index_dir: Path | None = None,
+) -> None:
     """Prints ``samples`` lists of a run's teacher or student for a user of its log, or for the events in a file.
 
-    The request is made at the end of the run's log, so the catalogue is the latest that the run knows.
+    The request is made at the end of the run's log, so the catalogue is the latest that the run knows; or, where the
+    articles of the index in ``index_dir`` are to be found, when the latest of them has come out, if that is later.
     """
+    catalogue = None if index_dir is None else _open_for(run_dir, index_dir)
     road = Road.open(load_config(run_dir / "config.toml"), run_dir)
     now = int(np.max(road.tables.events.column("timestamp").cast("int64"))) + 1
     tables = road.tables
@@ -37,10 +49,33 @@ def generate(run_dir: Path, user_id: str | None, events_path: Path | None, model
     # Events in a file may be later than the log; all of them are what is known now.
     before = max(now, int(np.max(tables.events.column("timestamp").cast("int64"))) + 1)
     example = current_example(tables, user_id, before, road.config.data.max_signals)._replace(timestamp=now)
+    if catalogue is not None:
+        road, latest = _over(road, catalogue)
+        example = example._replace(timestamp=max(now, latest))
     shape, stage = MODELS[_MODEL[model]]
     policy = road.policy(shape)
     sampled = sample_lists(road, policy, road.trained_params(policy, stage), [example], samples)
     _print(road, example, sampled.lists_US[0], sampled.rankings_US[0])
+
+
+def _open_for(run_dir: Path, index_dir: Path) -> OpenIndex:
+    """The index, spread over the run's mesh. Raises InputError, naming both, where the run embeds otherwise."""
+    held = Manifest.load(index_dir).embedder
+    own = identify(*run_embedder(run_dir))
+    if not held.same(own):
+        raise InputError(
+            f"{index_dir}: the index there is by the embedder {held}, and the run embeds its queries by {own}; "
+            f"`jaxnr index ARTICLES --out DIR --run {run_dir}` builds one by the run's."
+        )
+    return open_index(index_dir, make_mesh(load_config(run_dir / "config.toml").mesh))
+
+
+def _over(road: Road, catalogue: OpenIndex) -> tuple[Road, int]:
+    """The road with the articles of an index in place of its own, and when the latest of them was published."""
+    articles = catalogue.articles
+    rewards = road.rewards.over(catalogue.index, articles["item_id"].to_pylist(), catalogue.vectors_IE)
+    road = dataclasses.replace(road, rewards=rewards, tables=dataclasses.replace(road.tables, articles=articles))
+    return road, int(np.max(articles["published_at"].cast("int64")))
 
 
 def _print(road: Road, example: Example, lists: list, rankings: list[list[str]]) -> None:

@@ -19,7 +19,7 @@ from jaxnr.config import Config, PromptConfig
 from jaxnr.data.dataset import prepare as write_examples
 from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
 from jaxnr.data.readers import read_tables
-from jaxnr.data.schema import Tables
+from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.files import write_text
 from jaxnr.models.weights import model_folder
@@ -148,8 +148,7 @@ def known_words(texts: Sequence[str], terms: TermStatistics) -> list[str]:
 
 def article_texts(tables: Tables) -> list[str]:
     """Title and abstract of every article, in the order of the table."""
-    columns = (tables.articles[name].to_pylist() for name in ("title", "abstract"))
-    return [f"{title}. {abstract}".strip() for title, abstract in zip(*columns, strict=True)]
+    return document_texts(tables.articles)
 
 
 def tokenizer_corpus(

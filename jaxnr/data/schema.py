@@ -118,6 +118,12 @@ class Tables:
         return cls(**tables)
 
 
+def document_texts(articles: pa.Table) -> list[str]:
+    """What is embedded of each row of an articles table: title and abstract."""
+    columns = (articles[name].to_pylist() for name in ("title", "abstract"))
+    return [f"{title}. {abstract}".strip() for title, abstract in zip(*columns, strict=True)]
+
+
 def to_table(records: list, schema: pa.Schema) -> pa.Table:
     """A list of Event, Article or Request as an Arrow table."""
     columns = {

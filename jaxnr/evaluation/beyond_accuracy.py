@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from jaxnr.evaluation.recall_paths import Catalogue
+from jaxnr.retrieval.index import Rows
 
 HOUR = 3600
 
@@ -16,7 +17,7 @@ def beyond_accuracy(
     rankings_US: Sequence[Sequence[Sequence[str]]],
     timestamps_U: Sequence[int],
     articles: pa.Table,
-    vectors_IE: np.ndarray,
+    vectors_IE: Rows,
 ) -> dict[str, float]:
     """Three numbers for S rankings (article ids) of each of U users who asked at ``timestamps_U``, in UTC seconds.
 

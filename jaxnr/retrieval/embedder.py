@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -118,6 +119,13 @@ class TfidfSvdEmbedder:
         return np.where(norm_N1 > 1e-6, vectors_NE / np.maximum(norm_N1, 1e-6), 0).astype(np.float32)
 
     embed_queries = embed_documents
+
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides a vector: the vocabulary, idf and components."""
+        digest = hashlib.sha256(json.dumps(self._terms).encode())
+        for array in (self._idf_V, self._components_EV):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Writes tfidf_svd.safetensors: idf, components, and the vocabulary as JSON in its header."""

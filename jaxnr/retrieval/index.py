@@ -11,7 +11,7 @@ bit on any number of devices of a kind.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,17 @@ NEVER = np.iinfo(np.int64).max
 
 _LATEST = np.iinfo(np.int32).max
 _QUERIES_AT_ONCE = 1024
+
+
+class Rows(Protocol):
+    """Float32 vectors [I, E] that are read some rows at a time: an array, or files that are mapped into memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(I, E)."""
+        ...
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray: ...
 
 
 class Shelf(NamedTuple):
@@ -43,7 +54,8 @@ class ArticleIndex:
     """Exact top-k over a catalogue, whose rows are the rows of ``embeddings_IE``.
 
     Args:
-        embeddings_IE: float32 article vectors, unit length where scores are to be cosines.
+        embeddings_IE: float32 article vectors, unit length where scores are to be cosines. They go to the devices shard
+            by shard, so the host copies no more than one shard at a time.
         published_I: UTC seconds; an article can be found from this second on.
         expires_I: UTC seconds; an article can no longer be found from this second on. NEVER (or None for all) if it
             stays.
@@ -54,16 +66,15 @@ class ArticleIndex:
 
     def __init__(
         self,
-        embeddings_IE: np.ndarray,
+        embeddings_IE: Rows,
         published_I: np.ndarray,
         expires_I: np.ndarray | None = None,
         mesh: Mesh | None = None,
     ):
-        embeddings_IE = np.asarray(embeddings_IE, np.float32)
         published_I = np.asarray(published_I, np.int64)
         expires_I = np.full_like(published_I, NEVER) if expires_I is None else np.asarray(expires_I, np.int64)
         _check(embeddings_IE, published_I, expires_I)
-        self.size = len(embeddings_IE)
+        self.size = len(published_I)
         self.mesh = mesh
         self._epoch = int(published_I.min())
         self.shelf = _place(embeddings_IE, self.relative(published_I), self._seconds(expires_I, _LATEST), mesh)
@@ -187,21 +198,48 @@ def _best(scores_NC: jax.Array, rows_NC: jax.Array, *, k: int) -> tuple[jax.Arra
     return scores_NK, jnp.take_along_axis(rows_NC, column_NK, axis=1)
 
 
-def _place(embeddings_IE: np.ndarray, published_I: np.ndarray, expires_I: np.ndarray, mesh: Mesh | None) -> Shelf:
+def _place(embeddings_IE: Rows, published_I: np.ndarray, expires_I: np.ndarray, mesh: Mesh | None) -> Shelf:
     """Cuts the catalogue into blocks, as many as the devices share evenly, and puts them there."""
-    size = len(published_I)
+    size, E = embeddings_IE.shape
     block = int(np.clip(_power_of_two(size // 64, 1), 512, 8192))
     devices = 1 if mesh is None else mesh.size
     blocks = -(-size // (block * devices)) * devices
     more = blocks * block - size
-    arrays = (
-        np.pad(embeddings_IE, ((0, more), (0, 0))).reshape(blocks, block, -1),
+    times = (
         np.pad(published_I, (0, more), constant_values=_LATEST).reshape(blocks, block),
         np.pad(expires_I, (0, more)).reshape(blocks, block),
     )
+
     if mesh is None:
-        return Shelf(*map(jnp.asarray, arrays))
-    return Shelf(*jax.device_put(arrays, NamedSharding(mesh, P(tuple(mesh.axis_names)))))
+        return Shelf(jnp.asarray(_read_blocks(embeddings_IE, range(blocks), block)), *map(jnp.asarray, times))
+    sharding = NamedSharding(mesh, P(tuple(mesh.axis_names)))
+    # One shard after the other: jax.make_array_from_callback would first gather those of all devices on the host.
+    places = cast(Any, sharding.addressable_devices_indices_map((blocks, block, E)))
+    shards = [
+        jax.device_put(_read_blocks(embeddings_IE, range(blocks)[where[0]], block), device).block_until_ready()
+        for device, where in places.items()
+    ]
+    embeddings_MIE = jax.make_array_from_single_device_arrays((blocks, block, E), sharding, shards)
+    return Shelf(embeddings_MIE, *jax.device_put(times, sharding))
+
+
+def _read_blocks(embeddings_IE: Rows, wanted: range, block: int) -> np.ndarray:
+    """Some of the catalogue's blocks [M, block, E], zeros past its end.
+
+    Raises InputError naming the first article whose vector is not finite.
+    """
+    size, E = embeddings_IE.shape
+    read_MIE = np.zeros((len(wanted), block, E), np.float32)
+    for read_IE, number in zip(read_MIE, wanted, strict=True):
+        start = min(number * block, size)
+        rows = embeddings_IE[slice(start, min(start + block, size))]
+        read_IE[: len(rows)] = rows
+        broken = np.flatnonzero(~np.isfinite(read_IE).all(axis=1))
+        if len(broken):
+            raise InputError(
+                f"article index: the embedding of article row {start + broken[0]} is not finite, expected numbers only."
+            )
+    return read_MIE
 
 
 def _power_of_two(count: int, smallest: int) -> int:
@@ -209,18 +247,19 @@ def _power_of_two(count: int, smallest: int) -> int:
     return 1 << (max(count, smallest) - 1).bit_length()
 
 
-def _check(embeddings_IE: np.ndarray, published_I: np.ndarray, expires_I: np.ndarray) -> None:
+def _check(embeddings_IE: Rows, published_I: np.ndarray, expires_I: np.ndarray) -> None:
     """Raises InputError for what cannot be indexed."""
-    if embeddings_IE.ndim != 2 or not len(embeddings_IE) == len(published_I) == len(expires_I) > 0:
+    shape = embeddings_IE.shape
+    if len(shape) != 2 or not shape[0] == len(published_I) == len(expires_I) > 0:
         raise InputError(
-            f"article index: embeddings {embeddings_IE.shape}, {len(published_I)} publish times and {len(expires_I)} "
+            f"article index: embeddings {shape}, {len(published_I)} publish times and {len(expires_I)} "
             "expiry times; expected a row of embeddings and a time of each kind for each article, at least one."
         )
-    broken = np.flatnonzero(~np.isfinite(embeddings_IE).all(axis=1))
-    if len(broken):
-        raise InputError(
-            f"article index: the embedding of article row {broken[0]} is not finite, expected numbers only."
-        )
+    check_times(published_I)
+
+
+def check_times(published_I: np.ndarray) -> None:
+    """Raises InputError where articles are published too far apart for one index."""
     span = int(published_I.max()) - int(published_I.min())
     if span >= _LATEST:
         raise InputError(

@@ -14,7 +14,7 @@ from jaxnr.config import Config, RewardConfig
 from jaxnr.data.examples import Example
 from jaxnr.prompting.output import ParsedList
 from jaxnr.retrieval.embedder import Embedder
-from jaxnr.retrieval.index import ArticleIndex
+from jaxnr.retrieval.index import ArticleIndex, Rows
 from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
 from jaxnr.rewards.diversity import diversity
@@ -75,7 +75,7 @@ class RewardModel:
         embedder: Embedder,
         index: ArticleIndex,
         item_ids_I: Sequence[str],
-        articles_IE: np.ndarray,
+        articles_IE: Rows,
         statistics: TermStatistics,
         signal_terms: TermStatistics,
         calibration: Calibration,
@@ -115,6 +115,14 @@ class RewardModel:
         model = copy.copy(self)
         reward = dataclasses.replace(self.config.reward, **changed)
         model.config = dataclasses.replace(self.config, reward=reward)
+        return model
+
+    def over(self, index: ArticleIndex, item_ids_I: Sequence[str], articles_IE: Rows) -> RewardModel:
+        """The same rewards over another catalogue, whose vectors are by the same embedder."""
+        model = copy.copy(self)
+        model.index, model.item_ids_I, model.articles_IE = index, np.array(item_ids_I), articles_IE
+        model._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
+        model._rubrics = {}  # the old ones are in the words of the old articles
         return model
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
@@ -158,10 +166,9 @@ class RewardModel:
         B, J, E = facets_BJE.shape
         times_N = np.repeat([example.timestamp for example in examples], J)
         _, rows_NK = self.index.search(facets_BJE.reshape(-1, E), times_N, FEEDBACK_ARTICLES)
-        # Row -1, the last, is what a missing article gets: zeros.
-        articles_IE = np.vstack([self.articles_IE, np.zeros((1, E), np.float32)])
-        rows_BJK = rows_NK.reshape(B, J, -1)
-        return [in_article_words(rubric, articles_IE[rows]) for rubric, rows in zip(rubrics, rows_BJK, strict=True)]
+        articles_NKE = np.where(rows_NK[..., None] >= 0, self.articles_IE[rows_NK], 0)  # zeros for a missing article
+        articles_BJKE = articles_NKE.reshape(B, J, -1, E)
+        return [in_article_words(rubric, found) for rubric, found in zip(rubrics, articles_BJKE, strict=True)]
 
     def rubric(self, example: Example) -> Rubric:
         """The example's coverage criteria; built once."""

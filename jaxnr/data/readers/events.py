@@ -62,6 +62,24 @@ def read_event_file(path: Path) -> pa.Table:
     return events
 
 
+def read_article_file(path: Path) -> pa.Table:
+    """The articles table of one file, every row of which has to be good and every id unique.
+
+    Raises InputError for a missing or damaged file, a refused row, an id that stands twice, and no articles at all.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; expected articles as {', '.join(_SUFFIXES)}.")
+    report = ReadReport(max_refused_share=0.0)
+    articles = collect(_records(path, ARTICLES, article_of, report)).articles
+    if report.skipped.rows:
+        raise InputError(
+            f"{report.skipped.examples[0]} ({report.skipped.rows:,} such rows in all); expected every item_id once."
+        )
+    if not articles.num_rows:
+        raise InputError(f"{path}: there is no article in it. {report.summary()}")
+    return articles
+
+
 def event_of(row: Fields) -> Event:
     """Raises Refused."""
     domain = row.text("domain")
