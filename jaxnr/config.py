@@ -114,10 +114,10 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Who judges coverage and specificity: similarity and term statistics, or a language model by the rubric's
-    questions, here or behind an OpenAI-compatible endpoint."""
+    """Who judges coverage and specificity in training."""
 
     kind: Literal["similarity", "language_model", "http"] = "similarity"
+    """Similarity and term statistics, or a language model that answers a rubric's questions, here or by HTTP."""
     model: str = ""
     """Local folder or hub name of the language model; for `http` its name at the endpoint."""
     lists_per_step: int = 32
@@ -136,6 +136,14 @@ class JudgeConfig:
     """A run stops when more than this share of a batch's questions fail, and ten at least; fewer are left out."""
     cache: str = "judge.sqlite"
     """File of the answers that the endpoint gave, within the run's folder unless absolute; empty for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondJudgeConfig(JudgeConfig):
+    """A judge that training never sees, for validation and evaluation. Its settings are those of [judge]."""
+
+    kind: Literal["word_overlap", "language_model", "http"] = "word_overlap"
+    """`word_overlap` asks whether queries have the words of the user's interests in them; it judges coverage alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +231,7 @@ class Config:
     retrieval: RetrievalConfig = RetrievalConfig()
     reward: RewardConfig = RewardConfig()
     judge: JudgeConfig = JudgeConfig()
+    second_judge: SecondJudgeConfig = SecondJudgeConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
         hidden_size=48, num_layers=3, intermediate_size=16, num_heads=4, num_kv_heads=2, head_dim=32

@@ -64,7 +64,9 @@ def test_results_have_the_promised_keys(results):
     for comparison in results["comparisons"]:
         assert comparison.keys() >= {"a", "b", "metric", "difference", "p_holm"}
     for model in MODELS:
-        assert results["rewards"][model].keys() >= set(REWARDS)
+        assert results["rewards"][model].keys() == {*REWARDS, "total", "second/coverage"}
+        assert 0 <= results["rewards"][model]["second/coverage"] <= 1
+    assert results["judges"] == {"training": "similarity", "second": "word_overlap"}
     assert all(results["throughput"][f"{shape}_users_per_s"] > 0 for shape in ("teacher", "student"))
     assert results["environment"].keys() >= {"jax", "device_kind", "device_count"}
 
@@ -86,7 +88,8 @@ def test_every_step_of_every_stage_is_logged(run):
     for stage, count in steps.items():
         logged = [row["step"] for row in rows(run, stage)]
         assert logged[-count:] == list(range(1, count + 1)), stage
-    assert [row["step"] for row in rows(run, "grpo") if "valid/recall@10" in row] == [0, 2, 4]
+    for key in ("valid/recall@10", "valid/reward/coverage", "valid/reward/second/coverage"):
+        assert [row["step"] for row in rows(run, "grpo") if key in row] == [0, 2, 4]
 
 
 def test_losses_fall_and_samples_are_on_policy(run):

@@ -128,7 +128,7 @@ class RewardModel:
     ) -> dict[str, np.ndarray]:
         """coverage and specificity [B, G] of ``lists[b][g]`` by any judge; see ``judged_rewards``."""
         self.precompute(examples)
-        return judged_rewards(judge, [self.text_rubric(example) for example in examples], lists)
+        return judged_rewards(judge, [self._text_rubrics[example.example_id] for example in examples], lists)
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
         """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""
@@ -149,9 +149,10 @@ class RewardModel:
     def precompute(self, examples: Sequence[Example]) -> None:
         """Builds the rubrics of many examples at once, each text embedded once."""
         new = [example for example in examples if example.example_id not in self._rubrics]
-        texts = list(dict.fromkeys(signal.text for example in new for signal in example.signals))
+        texts = dict.fromkeys(signal.text for example in new for signal in example.signals)
         row_of = {text: row for row, text in enumerate(texts)}
-        embeddings_NE = self._embed([telling_words(text, self.signal_terms, FACET_WORDS) for text in texts])
+        telling = {text: telling_words(text, self.signal_terms, FACET_WORDS) for text in texts}
+        embeddings_NE = self._embed(list(telling.values()))
         rubrics = [
             build_rubric(
                 embeddings_NE[[row_of[signal.text] for signal in example.signals]],
@@ -161,7 +162,9 @@ class RewardModel:
             for example in new
         ]
         for example, rubric in zip(new, self._in_article_words(new, rubrics), strict=True):
+            subjects = [subject_of([telling[example.signals[row].text] for row in rows]) for rows in rubric.members]
             self._rubrics[example.example_id] = rubric
+            self._text_rubrics[example.example_id] = text_rubric(subjects, rubric.weights_J[: len(subjects)].tolist())
 
     def _in_article_words(self, examples: Sequence[Example], rubrics: Sequence[Rubric]) -> list[Rubric]:
         """The rubrics with facets moved towards the articles nearest to them that are live at the request."""
@@ -182,12 +185,7 @@ class RewardModel:
 
     def text_rubric(self, example: Example) -> TextRubric:
         """The rubric as questions; built once."""
-        if example.example_id not in self._text_rubrics:
-            rubric = self.rubric(example)
-            texts = [telling_words(signal.text, self.signal_terms, FACET_WORDS) for signal in example.signals]
-            subjects = [subject_of([texts[row] for row in members]) for members in rubric.members]
-            weights = rubric.weights_J[: len(subjects)].tolist()
-            self._text_rubrics[example.example_id] = text_rubric(subjects, weights)
+        self.precompute([example])
         return self._text_rubrics[example.example_id]
 
     def _rubrics_of(self, examples: Sequence[Example]) -> list[Rubric]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -71,31 +72,41 @@ def judged_rewards(
     return dict(zip(TextRubric._fields, reward_RBG.astype(np.float32), strict=True))
 
 
-def open_judge(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge | None:
-    """The judge that a config asks for; None for the built-in one, similarity and term statistics.
+class OpenedWhenAsked:
+    """A judge that is opened when it is first asked: most stages of a run ask none, and its weights take memory."""
+
+    def __init__(self, open_it: Callable[[], Judge]):
+        self._opened = functools.cache(open_it)
+
+    def __call__(self, lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Criterion]]) -> np.ndarray:
+        """See ``Judge``; raises what opening raises."""
+        return self._opened()(lists, criteria)
+
+
+def judge_of(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge | None:
+    """The judge that a config asks for, opened when asked; None for the built-in similarity and term statistics."""
+    return None if config.kind == "similarity" else OpenedWhenAsked(lambda: open_judge(config, out, mesh))
+
+
+def open_judge(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge:
+    """A judge that reads. Files are within ``out``, the run's folder.
 
     Raises InputError where the model cannot be loaded, or the variable that holds the endpoint's token is not set.
     """
-    match config.kind:
-        case "language_model":
-            from jaxnr.models.huggingface import load
-            from jaxnr.rewards.judge_language_model import LanguageModelJudge
+    if config.kind == "language_model":
+        from jaxnr.models.huggingface import load
+        from jaxnr.rewards.judge_language_model import LanguageModelJudge
 
-            loaded = load(config.model, mesh=mesh)
-            return LanguageModelJudge(
-                loaded.model, loaded.params, loaded.tokenizer, mesh, lists_per_step=config.lists_per_step
-            )
-        case "http":
-            from jaxnr.rewards.judge_http import HttpJudge
+        model, params, tokenizer = load(config.model, mesh=mesh)
+        return LanguageModelJudge(model, params, tokenizer, mesh, lists_per_step=config.lists_per_step)
+    if config.kind == "http":
+        from jaxnr.rewards.judge_http import HttpJudge
 
-            return HttpJudge(
-                config, token=_token(config.token_variable), cache=out / config.cache if config.cache else None
-            )
-        case "word_overlap":
-            from jaxnr.rewards.judge_word_overlap import word_overlap
+        cache = out / config.cache if config.cache else None
+        return HttpJudge(config, token=_token(config.token_variable), cache=cache)
+    from jaxnr.rewards.judge_word_overlap import word_overlap
 
-            return word_overlap
-    return None
+    return word_overlap
 
 
 def _token(variable: str) -> str:

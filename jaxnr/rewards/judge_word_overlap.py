@@ -22,11 +22,11 @@ def word_overlap(lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Cri
         terms = [set(analyze(query)) for query in queries]
         for column, criterion in enumerate(asked):
             if criterion.subjects and terms:
-                near = [max(_share(subject, its) for subject in criterion.subjects) for its in terms]
+                subjects = [set(analyze(subject)) for subject in criterion.subjects]
+                near = [max(_share(words, its) for words in subjects) for its in terms]
                 yes_NC[row, column] = np.mean(near) if criterion.of_every_query else max(near)
     return yes_NC
 
 
-def _share(subject: str, terms: set[str]) -> float:
-    words = set(analyze(subject))
+def _share(words: set[str], terms: set[str]) -> float:
     return len(words & terms) / len(words) if words else 0.0

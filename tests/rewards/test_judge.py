@@ -1,6 +1,7 @@
 """From a judge's answers to rewards, and the judges that a config opens."""
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 import jaxnr.rewards.judge_language_model
-from jaxnr.config import JudgeConfig, MeshConfig
+from jaxnr.config import JudgeConfig, MeshConfig, SecondJudgeConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.criteria import SPECIFICITY, Criterion, TextRubric, subject_of, text_rubric
-from jaxnr.rewards.judge import judged_rewards, open_judge
+from jaxnr.rewards.judge import judge_of, judged_rewards, open_judge
 from jaxnr.rewards.judge_http import HttpJudge
 from jaxnr.rewards.judge_word_overlap import word_overlap
 
@@ -114,28 +115,32 @@ def mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def test_the_built_in_judge_is_no_model(tmp_path):
-    assert open_judge(JudgeConfig(), tmp_path, mesh()) is None
+def test_the_built_in_judge_is_none_that_reads_and_word_overlap_needs_nothing(tmp_path):
+    assert judge_of(JudgeConfig(), tmp_path, mesh()) is None
+    assert open_judge(SecondJudgeConfig(), tmp_path, mesh()) is word_overlap
 
 
-def test_a_language_model_is_loaded_onto_the_mesh(tmp_path, monkeypatch):
-    loaded, made = [], []
+def test_a_language_model_is_loaded_onto_the_mesh_once_and_when_it_is_asked(tmp_path, monkeypatch):
+    calls, its_mesh = [], mesh()
 
     def load(name, *, mesh):
-        loaded.append((name, mesh))
-        return SimpleNamespace(model="model", params="params", tokenizer="tokenizer")
+        calls.append((name, mesh))
+        return "model", "params", "tokenizer"
 
-    module = SimpleNamespace(load=load)
-    monkeypatch.setitem(__import__("sys").modules, "jaxnr.models.huggingface", module)
-    monkeypatch.setattr(
-        jaxnr.rewards.judge_language_model,
-        "LanguageModelJudge",
-        lambda *args, **settings: made.append((args, settings)),
-    )
-    its_mesh = mesh()
-    open_judge(JudgeConfig(kind="language_model", model="some/model", lists_per_step=7), tmp_path, its_mesh)
-    assert loaded == [("some/model", its_mesh)]
-    assert made == [(("model", "params", "tokenizer", its_mesh), {"lists_per_step": 7})]
+    def made(*args, **settings):
+        calls.append((args, settings))
+        return Answers(lambda *_: 0.5)
+
+    monkeypatch.setitem(sys.modules, "jaxnr.models.huggingface", SimpleNamespace(load=load))  # pyright: ignore
+    monkeypatch.setattr(jaxnr.rewards.judge_language_model, "LanguageModelJudge", made)
+    judge = judge_of(JudgeConfig(kind="language_model", model="some/model", lists_per_step=7), tmp_path, its_mesh)
+    assert calls == []
+    for _ in range(2):
+        assert judged_rewards(judge, [READER], [[valid("a")]])["coverage"] == 0.5  # pyright: ignore
+    assert calls == [
+        ("some/model", its_mesh),
+        (("model", "params", "tokenizer", its_mesh), {"lists_per_step": 7}),
+    ]
 
 
 def test_the_token_comes_from_the_environment_and_is_not_written(tmp_path, monkeypatch):
