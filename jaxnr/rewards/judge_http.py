@@ -116,7 +116,8 @@ class HttpJudge:
         headers = {"Accept-Encoding": "identity"}  # so that the bytes that are counted are those that are parsed
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        return httpx2.AsyncClient(headers=headers, timeout=self._config.timeout)
+        limits = httpx2.Limits(max_connections=self._config.concurrency)
+        return httpx2.AsyncClient(headers=headers, timeout=self._config.timeout, limits=limits)
 
     async def _ask_patiently(self, client: httpx2.AsyncClient, body: dict) -> float:
         """P(yes), after retries where they may help. The slot is kept while waiting: a busy server is asked less."""

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -278,6 +280,38 @@ def test_answers_before_a_stop_are_kept(tmp_path):
         server.requests.clear()
         assert judge_at(server.url, cache)(LISTS[:1], [CRITERIA[0][:1]]).tolist() == [[1.0]]
         assert server.requests == []
+
+
+ASK = """
+import sys
+from pathlib import Path
+from jaxnr.config import JudgeConfig
+from jaxnr.rewards.criteria import Criterion
+from jaxnr.rewards.judge_http import HttpJudge
+config = JudgeConfig(kind="http", model="some", url=sys.argv[1], concurrency=1)
+HttpJudge(config, token="", cache=Path(sys.argv[2]))([("storm",)], [[Criterion(f"{n}?", 1.0) for n in range(3)]])
+"""
+
+
+def test_a_killed_process_leaves_the_answers_that_it_had(tmp_path):
+    third = threading.Event()
+
+    def respond(message, n):
+        if "2?" in message and not third.is_set():
+            third.set()
+            time.sleep(60)
+        return 200, {}, completion("yes")
+
+    cache = tmp_path / "judge.sqlite"
+    with Server(respond) as server:
+        process = subprocess.Popen([sys.executable, "-c", ASK, server.url, str(cache)])
+        assert third.wait(60)
+        process.kill()
+        process.wait()
+        assert len(server.requests) == 3
+        criteria = [tuple(Criterion(f"{number}?", 1.0) for number in range(3))]
+        assert judge_at(server.url, cache)([("storm",)], criteria).tolist() == [[1.0, 1.0, 1.0]]
+        assert len(server.requests) == 4
 
 
 def test_past_the_share_of_failures_a_run_stops_and_says_why_without_the_token():
