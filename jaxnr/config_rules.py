@@ -72,6 +72,9 @@ def _problems(config: Config) -> Iterator[str]:
         yield "every weight in `reward` is 0, expected at least one above 0"
     yield from _judge_problems("judge", config.judge)
     yield from _judge_problems("second_judge", config.second_judge)
+    first, second = config.judge, config.second_judge
+    if (first.kind, first.model, first.url) == (second.kind, second.model, second.url):
+        yield "`second_judge` is the same as `judge`, expected one that training does not see"
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
             yield f"`{name}.num_heads` is {model.num_heads}, expected a multiple of its {model.num_kv_heads} key heads"

@@ -206,6 +206,15 @@ def test_a_judge_over_http_needs_an_address_and_the_token_is_not_shown():
     assert "sk-1234" not in str(caught.value)
 
 
+def test_the_second_judge_is_not_the_first():
+    config = Config()
+    for name in ("judge", "second_judge"):
+        config = _changed(_changed(config, f"{name}.kind", "language_model"), f"{name}.model", "some/model")
+    with pytest.raises(InputError, match="`second_judge` is the same"):
+        validate(config)
+    validate(_changed(config, "second_judge.model", "another/model"))
+
+
 def _changed(section, key: str, value):
     name, _, rest = key.partition(".")
     return dataclasses.replace(section, **{name: _changed(getattr(section, name), rest, value) if rest else value})

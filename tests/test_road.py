@@ -165,7 +165,7 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypat
 
     def load(name, *, mesh):
         loaded.append(name)
-        return model, random_params(model), tokenizer
+        return SimpleNamespace(model=model, params=random_params(model), tokenizer=tokenizer)
 
     monkeypatch.setitem(sys.modules, "jaxnr.models.huggingface", SimpleNamespace(load=load))
     shutil.rmtree(copy / "checkpoints" / "grpo")

@@ -97,8 +97,10 @@ def open_judge(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge:
         from jaxnr.models.huggingface import load
         from jaxnr.rewards.judge_language_model import LanguageModelJudge
 
-        model, params, tokenizer = load(config.model, mesh=mesh)
-        return LanguageModelJudge(model, params, tokenizer, mesh, lists_per_step=config.lists_per_step)
+        loaded = load(config.model, mesh=mesh)
+        return LanguageModelJudge(
+            loaded.model, loaded.params, loaded.tokenizer, mesh, lists_per_step=config.lists_per_step
+        )
     if config.kind == "http":
         from jaxnr.rewards.judge_http import HttpJudge
 

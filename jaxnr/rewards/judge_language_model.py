@@ -28,7 +28,7 @@ class LanguageModelJudge:
 
     The list is the prompt and its criteria are the completions of ``Decoder.shared``, so that what they have in common
     runs through the model once. Lists of like length go together, padded to few shapes: the list to a power of two of
-    tokens, questions likewise, their number to a multiple of four; each shape compiles once.
+    tokens, questions to a multiple of 32, their number to a multiple of four; each shape compiles once.
 
     Args:
         model: a decoder with its params, wherever they lie on ``mesh``, and its tokenizer with a chat template.
@@ -46,7 +46,7 @@ class LanguageModelJudge:
     ):
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
-        self._lists_per_step = -(-lists_per_step // ways) * ways
+        self._lists_per_step = _multiple(ways, lists_per_step)
         self._before, self._after = _around_message(tokenizer)
         self._special = special_names(tokenizer)
         yes_ids, no_ids = answer_ids(tokenizer, "yes"), answer_ids(tokenizer, "no")
@@ -80,10 +80,10 @@ class LanguageModelJudge:
     def _yes(self, prompts: Sequence[Sequence[int]], questions: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """yes_BG of one padded batch; anything where there is no question."""
         pad_id = cast(int, self._tokenizer.pad_token_id)
-        prompt_BS, mask_BS = pad_prompts(prompts, (_power_of_two(max(map(len, prompts))),), pad_id)
-        G = -(-max(1, *map(len, questions)) // 4) * 4
-        length_BG = np.zeros((len(questions), G), np.int32)
-        T = _power_of_two(1 + max((len(ids) for asked in questions for ids in asked), default=0))
+        S = max(32, 1 << (max(map(len, prompts)) - 1).bit_length())
+        prompt_BS, mask_BS = pad_prompts(prompts, (S,), pad_id)
+        length_BG = np.zeros((len(questions), _multiple(4, max(map(len, questions)))), np.int32)
+        T = _multiple(32, 1 + max((len(ids) for asked in questions for ids in asked), default=0))
         question_BGT = np.full((*length_BG.shape, T), pad_id, np.int32)
         for row, asked in enumerate(questions):
             for column, ids in enumerate(asked):
@@ -150,6 +150,6 @@ def _around_message(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return before, after
 
 
-def _power_of_two(length: int) -> int:
-    """The padded length: the next power of two, 32 at least."""
-    return max(32, 1 << (length - 1).bit_length())
+def _multiple(of: int, least: int) -> int:
+    """The first multiple, above 0, that is ``least`` or more."""
+    return max(1, -(-least // of)) * of

@@ -125,7 +125,7 @@ def test_a_language_model_is_loaded_onto_the_mesh_once_and_when_it_is_asked(tmp_
 
     def load(name, *, mesh):
         calls.append((name, mesh))
-        return "model", "params", "tokenizer"
+        return SimpleNamespace(model="model", params="params", tokenizer="tokenizer")
 
     def made(*args, **settings):
         calls.append((args, settings))
