@@ -132,6 +132,42 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """Who judges coverage and specificity in training."""
+
+    kind: Literal["similarity", "language_model", "http"] = "similarity"
+    """Similarity and term statistics, or a language model that answers a rubric's questions, here or by HTTP."""
+    model: str = ""
+    """Local folder or hub name of the language model; for `http` its name at the endpoint."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters and activations of `language_model`."""
+    lists_per_step: int = 32
+    """Lists that `language_model` scores at once, each with all of its questions."""
+    url: str = ""
+    """Of the endpoint, up to and including /v1."""
+    token_variable: str = ""
+    """Environment variable that holds the endpoint's token; empty for none. The token itself is never stored."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    timeout: float = 60.0
+    """Seconds that one request may take."""
+    retries: int = 4
+    """After timeouts, lost connections and the statuses 408, 429 and 5xx."""
+    max_failed_share: float = 0.05
+    """A run stops when more than this share of a batch's questions fail, and ten at least; fewer are left out."""
+    cache: str = "judge.sqlite"
+    """File of the answers that the endpoint gave, within the run's folder unless absolute; empty for none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondJudgeConfig(JudgeConfig):
+    """A judge that training never sees, for validation and evaluation. Its settings are those of [judge]."""
+
+    kind: Literal["word_overlap", "language_model", "http"] = "word_overlap"
+    """`word_overlap` asks whether queries have the words of the user's interests in them; it judges coverage alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to a tenth."""
 
@@ -216,6 +252,8 @@ class Config:
     prompt: PromptConfig = PromptConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
+    second_judge: SecondJudgeConfig = SecondJudgeConfig()
     teacher: ModelConfig = ModelConfig()
     student: ModelConfig = ModelConfig(
         hidden_size=48, num_layers=3, intermediate_size=16, num_heads=4, num_kv_heads=2, head_dim=32

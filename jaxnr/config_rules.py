@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 
-from jaxnr.config import PROJECTIONS, Config, flatten
+from jaxnr.config import PROJECTIONS, Config, JudgeConfig, flatten
 from jaxnr.errors import InputError
 
 # Bounds of the numeric settings, by the last part of the key, or by all of it where it differs from its namesakes; a
@@ -18,14 +19,14 @@ POSITIVE = {
     "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
     "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
     "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
-    "teacher_lists", "align_articles", "lora_alpha",
+    "teacher_lists", "align_articles", "lora_alpha", "lists_per_step", "concurrency", "timeout",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
-    "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words",
+    "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
     "lora_rank", "warm_start.steps",
 }
-SHARE = {"max_refused_share", "clip_low"}
+SHARE = {"max_refused_share", "clip_low", "max_failed_share"}
 # fmt: on
 OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets"}
 """Settings whose bounds stand in ``_problems``."""
@@ -71,6 +72,11 @@ def _problems(config: Config) -> Iterator[str]:
         yield "`retrieval.embedder_path` is empty, expected the folder or hub name of the sentence encoder"
     if not any(flatten(config.reward)[name] for name in ("align", "coverage", "specificity", "diversity", "structure")):
         yield "every weight in `reward` is 0, expected at least one above 0"
+    yield from _judge_problems("judge", config.judge)
+    yield from _judge_problems("second_judge", config.second_judge)
+    first, second = config.judge, config.second_judge
+    if (first.kind, first.model, first.url) == (second.kind, second.model, second.url):
+        yield "`second_judge` is the same as `judge`, expected one that training does not see"
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         if config.warm_start.steps == 0 and not model.path:
             yield f"`warm_start.steps` is 0, but `{name}.path` is empty: a model from scratch needs a warm start"
@@ -88,3 +94,13 @@ def _problems(config: Config) -> Iterator[str]:
     axes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(axis < 1 and axis != -1 for axis in axes) or axes.count(-1) > 1:
         yield f"`mesh` is data {axes[0]}, fsdp {axes[1]}, tensor {axes[2]}, expected sizes from 1 on and at most one -1"
+
+
+def _judge_problems(name: str, judge: JudgeConfig) -> Iterator[str]:
+    if judge.kind in ("language_model", "http") and not judge.model:
+        yield f'`{name}.model` is empty, expected a language model for a judge of the kind "{judge.kind}"'
+    if judge.kind == "http" and not judge.url.startswith(("http://", "https://")):
+        yield f"`{name}.url` is {json.dumps(judge.url)}, expected the endpoint's address, from http:// or https:// on"
+    if judge.token_variable and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", judge.token_variable):
+        # Not shown: it may be the token itself.
+        yield f"`{name}.token_variable` is not a variable's name, expected the name of the one that holds the token"

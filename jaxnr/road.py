@@ -32,6 +32,7 @@ from jaxnr.models.decoder import init_params
 from jaxnr.progress import progress
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import RewardModel, summarise
+from jaxnr.rewards.judge import Judge, OpenedWhenAsked, open_judge
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.fresh import fresh_params
@@ -68,6 +69,8 @@ class Road:
     tables: Tables
     examples: dict[str, Sequence[Example]]
     rewards: RewardModel
+    second_judge: Judge
+    """Asked in validation and evaluation alone."""
     signal_terms: TermStatistics
     log: MetricsLog
 
@@ -85,6 +88,7 @@ class Road:
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
             rewards=open_rewards(config, out, tables, mesh),
+            second_judge=OpenedWhenAsked(lambda: open_judge(config.second_judge, out, mesh)),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
         )

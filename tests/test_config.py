@@ -167,6 +167,10 @@ def test_defaults_are_valid():
         ("prompt.vocabulary_size", 100),
         ("retrieval.embedder", "sentence_encoder"),
         ("reward.align", -1.0),
+        ("judge.kind", "language_model"),
+        ("judge.concurrency", 0),
+        ("judge.max_failed_share", 1.1),
+        ("judge.token_variable", "sk-1234"),
         ("teacher.num_kv_heads", 3),
         ("teacher.num_kv_heads", 0),
         ("student.head_dim", 7),
@@ -192,6 +196,23 @@ def test_all_zero_reward_weights_are_refused():
         config = _changed(config, f"reward.{name}", 0.0)
     with pytest.raises(InputError, match="every weight"):
         validate(config)
+
+
+def test_a_judge_over_http_needs_an_address_and_the_token_is_not_shown():
+    config = _changed(_changed(Config(), "judge.kind", "http"), "judge.token_variable", "sk-1234")
+    with pytest.raises(InputError) as caught:
+        validate(config)
+    assert all(f"`judge.{name}`" in str(caught.value) for name in ("model", "url", "token_variable"))
+    assert "sk-1234" not in str(caught.value)
+
+
+def test_the_second_judge_is_not_the_first():
+    config = Config()
+    for name in ("judge", "second_judge"):
+        config = _changed(_changed(config, f"{name}.kind", "language_model"), f"{name}.model", "some/model")
+    with pytest.raises(InputError, match="`second_judge` is the same"):
+        validate(config)
+    validate(_changed(config, "second_judge.model", "another/model"))
 
 
 def _changed(section, key: str, value):

@@ -5,16 +5,19 @@ import json
 import math
 import shutil
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from tiny import random_params, tiny_decoder
 from tiny_run import CONFIG, finished_run, tiny_surroundings
 
 import jaxnr.road
 from jaxnr import cli
-from jaxnr.config import save_config
+from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
 from jaxnr.evaluation.run import MODELS
+from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
 from jaxnr.road import STAGES, Road, run_stages
 from jaxnr.training.metrics import read_metrics
@@ -64,7 +67,9 @@ def test_results_have_the_promised_keys(results):
     for comparison in results["comparisons"]:
         assert comparison.keys() >= {"a", "b", "metric", "difference", "p_holm"}
     for model in MODELS:
-        assert results["rewards"][model].keys() >= set(REWARDS)
+        assert results["rewards"][model].keys() == {*REWARDS, "total", "second/coverage"}
+        assert 0 <= results["rewards"][model]["second/coverage"] <= 1
+    assert results["judges"] == {"training": "similarity", "second": "word_overlap"}
     assert all(results["throughput"][f"{shape}_users_per_s"] > 0 for shape in ("teacher", "student"))
     assert results["environment"].keys() >= {"jax", "device_kind", "device_count"}
 
@@ -86,7 +91,8 @@ def test_every_step_of_every_stage_is_logged(run):
     for stage, count in steps.items():
         logged = [row["step"] for row in rows(run, stage)]
         assert logged[-count:] == list(range(1, count + 1)), stage
-    assert [row["step"] for row in rows(run, "grpo") if "valid/recall@10" in row] == [0, 2, 4]
+    for key in ("valid/recall@10", "valid/reward/coverage", "valid/reward/second/coverage"):
+        assert [row["step"] for row in rows(run, "grpo") if key in row] == [0, 2, 4]
 
 
 def test_losses_fall_and_samples_are_on_policy(run):
@@ -148,6 +154,33 @@ def test_grpo_killed_in_a_step_and_resumed_equals_the_uninterrupted_run(run, cop
     assert expected.keys() == actual.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [False, True], ids=["in training", "in validation alone"])
+def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypatch, second):
+    tokenizer = load_tokenizer(run / "tokenizer")
+    model = tiny_decoder(vocab_size=len(tokenizer))
+    loaded = []
+
+    def load(name, *, mesh):
+        loaded.append(name)
+        return SimpleNamespace(model=model, params=random_params(model), tokenizer=tokenizer)
+
+    monkeypatch.setitem(sys.modules, "jaxnr.models.huggingface", SimpleNamespace(load=load))
+    shutil.rmtree(copy / "checkpoints" / "grpo")
+    settings = {"kind": "language_model", "model": "tiny", "lists_per_step": 8}
+    judge = SecondJudgeConfig(**settings) if second else JudgeConfig(**settings)
+    run_stages(dataclasses.replace(CONFIG, **{"second_judge" if second else "judge": judge}), copy, ("grpo",))
+    assert loaded == ["tiny"]
+    before, after = rows(run, "grpo"), rows(copy, "grpo")
+    assert len(before) == len(after)
+    for name in ("coverage", "specificity"):
+        changed = f"valid/reward/second/{name}" if second else f"valid/reward/{name}"
+        assert after[0][changed] != before[0].get(changed)
+        assert 0 <= after[0][changed] <= 1
+    assert (before[1]["loss"] == after[1]["loss"]) == second  # what training does not see changes nothing
+    assert after[1]["reward/failed"] == 0
 
 
 def grpo_params(folder):

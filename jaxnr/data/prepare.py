@@ -29,6 +29,7 @@ from jaxnr.prompting.tokenizer import adopt_tokenizer, train_tokenizer
 from jaxnr.retrieval.embedder import Embedder, TfidfSvdEmbedder, load_embedder
 from jaxnr.retrieval.index import NEVER, ArticleIndex
 from jaxnr.rewards.composite import RewardModel
+from jaxnr.rewards.judge import judge_of
 from jaxnr.rewards.rubric import FACET_WORDS, Calibration, calibrate
 from jaxnr.rewards.specificity import TermStatistics, telling_words
 
@@ -119,6 +120,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         signal_terms=TermStatistics.load(folder / "signal_terms.json"),
         calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
         config=config,
+        judge=judge_of(config.judge, out, mesh),
     )
 
 

@@ -83,6 +83,17 @@ def training_curves(rows: Rows) -> Markup | None:
     return _curves([(title, [("", series(rows, key), color)]) for key, (title, color) in keys.items()])
 
 
+def judge_curves(rows: Rows) -> Markup | None:
+    """The rewards of validation users by the judge of training and by the second one, where there is one."""
+
+    def both(name: str) -> list[tuple[str, tuple[list[int], list[float]], str]]:
+        second = series(rows, f"valid/reward/second/{name}")
+        first = series(rows, f"valid/reward/{name}") if second[0] else second
+        return [("judge of training", first, _BLUE), ("second judge", second, _ORANGE)]
+
+    return _curves([(f"{name} by judge", both(name)) for name in ("coverage", "specificity")])
+
+
 def supervised_curves(rows: Rows) -> Markup | None:
     """Loss of the warm starts and of supervised distillation, and the reverse KL of on-policy distillation."""
 

@@ -66,7 +66,7 @@ def write_report(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"number": _number, "p_value": _p_value, "label": _label}
+    environment.filters |= {"reward": _reward_label, "number": _number, "p_value": _p_value, "label": _label}
     page = environment.get_template("report.html.j2").render(
         results=results,
         facts=_facts(results),
@@ -80,6 +80,7 @@ def write_report(
         beyond_labels=BEYOND_LABELS,
         rewards=_ordered(results.get("rewards") or {}),
         reward_names=_reward_names(results.get("rewards") or {}),
+        judges=results.get("judges") or {},
         tables=_key_value_tables(results),
         figures=_figures(results, metrics_rows),
         showcase=[_showcase_user(user) for user in showcase],
@@ -121,20 +122,23 @@ def console_table(results: Mapping[str, Any]) -> Table:
 
 
 def _figures(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every figure of the page that has data; ``grpo`` holds one entry for each reinforcement learning stage."""
+    """Every figure of the page that has data; ``grpo`` and ``judges`` hold one entry for each RL stage."""
     offline = _ordered(results.get("offline") or {})
     stages = dict.fromkeys(stage for row in rows if (stage := str(row.get("stage", ""))).startswith("grpo"))
-    grpo = {}
+    grpo, judges = {}, {}
     for stage in stages:
         of_stage = [row for row in rows if row.get("stage") == stage]
-        curves = [figure for figure in (figures.reward_curves(of_stage), figures.training_curves(of_stage)) if figure]
-        if curves:
+        drawn = (figures.reward_curves(of_stage), figures.training_curves(of_stage))
+        if curves := [figure for figure in drawn if figure]:
             grpo[stage] = curves
+        if by_judge := figures.judge_curves(of_stage):
+            judges[stage] = by_judge
     return {
         "methods": figures.method_intervals(offline, {method: _label(method) for method in offline}),
         "best_of_n": figures.best_of_n_curve(results.get("best_of_n") or {}),
         "supervised": figures.supervised_curves(rows),
         "grpo": grpo,
+        "judges": judges,
     }
 
 
@@ -202,6 +206,11 @@ def _reward_names(rewards: Mapping[str, Mapping[str, float]]) -> list[str]:
     names = dict.fromkeys(name for of_model in rewards.values() for name in of_model)
     known = [name for name in (*figures.REWARDS, "total") if name in names]
     return [*known, *(name for name in names if name not in known)]
+
+
+def _reward_label(name: str) -> str:
+    """`second/coverage` is the coverage by the second judge."""
+    return re.sub(r"^second/(.*)", r"\1, second judge", name)
 
 
 def _with_interval(entry: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxnr.config import SecondJudgeConfig
 from jaxnr.data.examples import Example
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
@@ -25,6 +26,7 @@ from jaxnr.files import write_text
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.composite import Retrieved
+from jaxnr.rewards.criteria import TextRubric
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.metrics import read_metrics
 from jaxnr.training.rollout import Policy, padded_chunks, roll_out
@@ -58,7 +60,7 @@ class Sampled:
 
     lists_US: list[list[ParsedList]]
     rewards: dict[str, np.ndarray]
-    """Each reward and ``total``, [U, S]."""
+    """Each reward and ``total``, [U, S], and ``second/<name>`` for those that the second judge gives."""
     rankings_US: list[list[list[str]]]
 
 
@@ -73,9 +75,17 @@ def sample_lists(road: Road, policy: Policy, params: dict, examples: Sequence[Ex
         users = len(chunk.examples)
         rankings_US += rank(road, scored.found, config.retrieval.merge)[:users]
         lists_US += rollout.lists[:users]
-        rewards.append({name: values[:users] for name, values in {**scored.rewards, "total": scored.total_BG}.items()})
+        second = road.rewards.judged_by(road.second_judge, chunk.padded, rollout.lists)
+        values = {**scored.rewards, "total": scored.total_BG}
+        values |= {f"second/{name}": second[name] for name in rewards_of(config.second_judge)}
+        rewards.append({name: values_BG[:users] for name, values_BG in values.items()})
     stacked = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
     return Sampled(lists_US, stacked, rankings_US)
+
+
+def rewards_of(second: SecondJudgeConfig) -> tuple[str, ...]:
+    """The rewards that the second judge gives: word overlap has no opinion on specificity."""
+    return ("coverage",) if second.kind == "word_overlap" else TextRubric._fields
 
 
 def rank(road: Road, found: Retrieved, merge: str) -> list[list[list[str]]]:
@@ -85,7 +95,7 @@ def rank(road: Road, found: Retrieved, merge: str) -> list[list[list[str]]]:
 
 
 def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
-    """Mean Recall@10 and reward on the validation users, one list each."""
+    """Mean Recall@10 and rewards, those by the second judge too, on the validation users, one list each."""
     examples = list(road.examples["valid"])
     sampled = sample_lists(road, policy, params, examples, samples=1)
     values = evaluate_samples(sampled.rankings_US, [example.relevant for example in examples])
@@ -222,6 +232,7 @@ def assemble(
             name: {reward: float(np.nanmean(values)) for reward, values in sample.rewards.items()}
             for name, sample in sampled.items()
         },
+        "judges": {"training": road.config.judge.kind, "second": road.config.second_judge.kind},
         "throughput": throughput,
         "environment": {
             "jax": jax.__version__,

@@ -46,7 +46,7 @@ def load(name_or_path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp
     Parameters are cast to ``dtype``, in which the model computes, and spread over ``mesh`` by the table in mesh.py;
     without one they lie on the first device. Raises InputError naming the file, key or tensor that does not fit.
     """
-    folder = model_folder(str(name_or_path))
+    folder, dtype = model_folder(str(name_or_path)), jnp.dtype(dtype)
     content = read_json(folder / "config.json")
     kind = content.get("model_type")
     if kind in ("qwen2", "qwen3"):

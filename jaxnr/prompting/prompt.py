@@ -66,7 +66,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
     Names of special tokens inside a signal are broken up, so nothing that a user typed or read can end a turn or open
     another. Raises InputError where the instructions alone are too long.
     """
-    pattern = _special_names(tuple(token.content for token in tokenizer.added_tokens_decoder.values()))
+    pattern = special_names(tokenizer)
     lines = [pattern.sub(r"\1 ", render_signals([signal])) for signal in example.signals]
     fixed = _fixed_length(tokenizer, cfg)
     if fixed > cfg.max_prompt_tokens:
@@ -79,6 +79,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
     while len(ids := _chat_ids(tokenizer, lines[:kept], cfg)) > cfg.max_prompt_tokens:
         kept -= 1
     return EncodedPrompt(ids, len(lines) - kept)
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches where the name of a special token begins; ``.sub(r"\1 ", text)`` breaks the names up."""
+    return _special_names(tuple(token.content for token in tokenizer.added_tokens_decoder.values()))
 
 
 def pad_prompts(

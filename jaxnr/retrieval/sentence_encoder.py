@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class SentenceEncoder:
 
     def __init__(self, name: str, mesh: Mesh | None = None, dtype: str = "float32", query_task: str = ""):
         parts = _read_parts(model_folder(name))
-        model, params, self._tokenizer = load(parts.encoder, mesh=mesh, dtype=jnp.dtype(dtype))
+        model, params, self._tokenizer = load(parts.encoder, mesh=mesh, dtype=dtype)
         if isinstance(model, Classifier):
             raise InputError(f"{parts.encoder}: a classifier; expected a model that embeds.")
         self.size: int = model.config.hidden_size
@@ -93,7 +93,7 @@ class SentenceEncoder:
         """The ids of each text, cut to the longest that the model reads, with the end token where it wants one."""
         given = [text.lower() for text in texts] if self._lower_case else texts
         room = self._max_tokens - (self._end_id is not None)
-        ids = cast(Any, self._tokenizer(given, truncation=True, max_length=room)["input_ids"])
+        ids: Any = self._tokenizer(given, truncation=True, max_length=room)["input_ids"]
         if self._end_id is None:
             return ids
         return [row if row[-1:] == [self._end_id] else [*row, self._end_id] for row in ids]

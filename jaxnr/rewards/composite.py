@@ -17,7 +17,9 @@ from jaxnr.retrieval.embedder import Embedder
 from jaxnr.retrieval.index import ArticleIndex, Rows
 from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
+from jaxnr.rewards.criteria import TextRubric, subject_of, text_rubric
 from jaxnr.rewards.diversity import diversity
+from jaxnr.rewards.judge import Judge, judged_rewards
 from jaxnr.rewards.rubric import FACET_WORDS, Calibration, Rubric, build_rubric, in_article_words
 from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity, telling_words
 from jaxnr.rewards.structure import structure
@@ -67,6 +69,7 @@ class RewardModel:
         signal_terms: of the terms of signals and catalogue: which words of a signal tell what it is about.
         calibration: of the embedder's cosines, measured on the training signals.
         config: the limits on lists, the articles a query and the weights.
+        judge: of coverage and specificity, by the rubric's questions; None for similarity and term statistics.
     """
 
     def __init__(
@@ -80,14 +83,16 @@ class RewardModel:
         signal_terms: TermStatistics,
         calibration: Calibration,
         config: Config,
+        judge: Judge | None = None,
     ):
         self.embedder, self.index, self.calibration = embedder, index, calibration
         self.statistics, self.signal_terms = statistics, signal_terms
         self.articles_IE = articles_IE
         self.item_ids_I = np.array(item_ids_I)
-        self.config = config
+        self.config, self.judge = config, judge
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
         self._rubrics: dict[int, Rubric] = {}
+        self._text_rubrics: dict[int, TextRubric] = {}
         self._criteria: dict[str, tuple[float, ...]] = {}
 
     def __call__(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Scored:
@@ -103,6 +108,7 @@ class RewardModel:
             facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
             weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
             valid_BG=structure(lists),
+            judged=self.judged_by(self.judge, examples, lists) if self.judge else {},
             calibration=self.calibration,
             weights=self.config.reward,
         )
@@ -122,8 +128,15 @@ class RewardModel:
         model = copy.copy(self)
         model.index, model.item_ids_I, model.articles_IE = index, np.array(item_ids_I), articles_IE
         model._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
-        model._rubrics = {}  # the old ones are in the words of the old articles
+        model._rubrics, model._text_rubrics = {}, {}  # the old ones are in the words of the old articles
         return model
+
+    def judged_by(
+        self, judge: Judge, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]
+    ) -> dict[str, np.ndarray]:
+        """coverage and specificity [B, G] of ``lists[b][g]`` by any judge; see ``judged_rewards``."""
+        self.precompute(examples)
+        return judged_rewards(judge, [self._text_rubrics[example.example_id] for example in examples], lists)
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
         """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""
@@ -144,9 +157,10 @@ class RewardModel:
     def precompute(self, examples: Sequence[Example]) -> None:
         """Builds the rubrics of many examples at once, each text embedded once."""
         new = [example for example in examples if example.example_id not in self._rubrics]
-        texts = list(dict.fromkeys(signal.text for example in new for signal in example.signals))
+        texts = dict.fromkeys(signal.text for example in new for signal in example.signals)
         row_of = {text: row for row, text in enumerate(texts)}
-        embeddings_NE = self._embed([telling_words(text, self.signal_terms, FACET_WORDS) for text in texts])
+        telling = {text: telling_words(text, self.signal_terms, FACET_WORDS) for text in texts}
+        embeddings_NE = self._embed(list(telling.values()))
         rubrics = [
             build_rubric(
                 embeddings_NE[[row_of[signal.text] for signal in example.signals]],
@@ -156,7 +170,9 @@ class RewardModel:
             for example in new
         ]
         for example, rubric in zip(new, self._in_article_words(new, rubrics), strict=True):
+            subjects = [subject_of([telling[example.signals[row].text] for row in rows]) for rows in rubric.members]
             self._rubrics[example.example_id] = rubric
+            self._text_rubrics[example.example_id] = text_rubric(subjects, rubric.weights_J[: len(subjects)].tolist())
 
     def _in_article_words(self, examples: Sequence[Example], rubrics: Sequence[Rubric]) -> list[Rubric]:
         """The rubrics with facets moved towards the articles nearest to them that are live at the request."""
@@ -173,6 +189,11 @@ class RewardModel:
     def rubric(self, example: Example) -> Rubric:
         """The example's coverage criteria; built once."""
         return self._rubrics_of([example])[0]
+
+    def text_rubric(self, example: Example) -> TextRubric:
+        """The rubric as questions; built once."""
+        self.precompute([example])
+        return self._text_rubrics[example.example_id]
 
     def _rubrics_of(self, examples: Sequence[Example]) -> list[Rubric]:
         self.precompute(examples)
@@ -209,16 +230,21 @@ def score(
     facets_BJE: jax.Array,
     weights_BJ: jax.Array,
     valid_BG: jax.Array,
+    judged: dict[str, jax.Array],
     calibration: Calibration,
     weights: RewardConfig,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The five rewards and their composite, each [B, G]; a pure function of arrays."""
+    """The five rewards and their composite, each [B, G]; a pure function of arrays.
+
+    What ``judged`` holds stands in place of the built-in judge's.
+    """
     rewards = {
         "align": align(article_scores_BGQK, query_mask_BGQ),
         "coverage": coverage(queries_BGQE, query_mask_BGQ, facets_BJE, weights_BJ, calibration),
         "specificity": specificity(criteria_BGQC, query_mask_BGQ),
         "diversity": diversity(queries_BGQE, query_mask_BGQ),
         "structure": valid_BG,
+        **judged,
     }
     rewards = {name: jnp.where(valid_BG > 0, reward_BG, 0.0) for name, reward_BG in rewards.items()}
     return rewards, combine(rewards, weights, valid_BG)
@@ -238,9 +264,10 @@ def combine(rewards: dict[str, jax.Array], weights: RewardConfig, valid_BG: jax.
 
 def summarise(scored: Scored) -> dict[str, float]:
     """For each reward and the total, judge failures aside: mean, mean spread (standard deviation) within a group, and
-    the share of groups in which it is constant and so teaches nothing; as ``reward/<name>/mean`` and so on.
+    the share of groups in which it is constant and so teaches nothing; as ``reward/<name>/mean`` and so on. And
+    ``reward/failed``, the share of lists without a total.
     """
-    summary = {}
+    summary = {"reward/failed": float(np.isnan(scored.total_BG).mean())}
     for name, reward_BG in {**scored.rewards, "total": scored.total_BG}.items():
         known = np.ma.masked_invalid(reward_BG.astype(np.float64))
         spread_B = known.std(axis=1)

@@ -35,6 +35,8 @@ class Rubric(NamedTuple):
 
     facets_JE: np.ndarray
     weights_J: np.ndarray
+    members: tuple[tuple[int, ...], ...]
+    """Of each facet that is no padding, the rows of its signals, rising."""
 
 
 def calibrate(embeddings_ME: np.ndarray, user_index_M: np.ndarray, seed: int) -> Calibration:
@@ -63,7 +65,8 @@ def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: i
     one with itself too: one event may be an accident, agreement is evidence. Facets of a single signal count only where
     there are fewer than two others, the latest first.
     """
-    signals_ME = signals_ME[np.abs(signals_ME).max(axis=1) > 0]
+    known_M = np.flatnonzero(np.abs(signals_ME).max(axis=1) > 0)
+    signals_ME = signals_ME[known_M]
     clusters = _clusters(signals_ME, calibration.background)
     supported = [members for members in clusters if len(members) > 1]
     if len(supported) < 2:
@@ -75,7 +78,7 @@ def build_rubric(signals_ME: np.ndarray, calibration: Calibration, max_facets: i
         mean_E = signals_ME[members].mean(axis=0)
         facets_JE[row] = mean_E / np.maximum(np.linalg.norm(mean_E), 1e-6)
         weights_J[row] = len(members) ** 2
-    return Rubric(facets_JE, weights_J)
+    return Rubric(facets_JE, weights_J, tuple(tuple(known_M[members].tolist()) for members in supported))
 
 
 def in_article_words(rubric: Rubric, nearest_JKE: np.ndarray) -> Rubric:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxnr.evaluation.figures import REWARDS, reward_curves, series
+from jaxnr.evaluation.figures import REWARDS, judge_curves, reward_curves, series
 from jaxnr.evaluation.report import METRIC_LABELS, PAPER_ROWS, console_table, markdown_table, write_report
 
 EVIL = "<script>alert('x')</script>"
@@ -35,7 +35,8 @@ def full_results():
         "slices": {"cold": {"users": 34, "fewer_clicks_than": 5, "offline": {
             "teacher": {"recall@10": interval(0.123), "ndcg@10": interval(0.1)}}}},
         "beyond_accuracy": {"teacher": {"diversity": 0.456, "age_hours": 31.25}},
-        "rewards": {model: dict.fromkeys(REWARDS, 0.5) for model in ("teacher", "prompt_only")},
+        "rewards": {model: dict.fromkeys((*REWARDS, "second/coverage"), 0.5) for model in ("teacher", "prompt_only")},
+        "judges": {"training": "similarity", "second": "word_overlap"},
         "throughput": {"teacher_users_per_s": 41.25, "student_users_per_s": 1312.5},
         "environment": {"jax": "0.10.2", "device_kind": "cpu", "device_count": 1},
         "data": {"events": 51234, "reader": {"rows": 60000, "refused": 3}},
@@ -50,6 +51,7 @@ def full_metrics():
             row |= {f"reward/{name}/mean": 0.3 + 0.01 * step, f"reward/{name}/spread": 0.1}
         if step % 10 == 0:
             row["valid/recall@10"] = 0.1 + 0.002 * step
+            row |= {"valid/reward/coverage": 0.3 + 0.01 * step, "valid/reward/second/coverage": 0.2}
         rows.append(row)
         for stage in ("warm_start_teacher", "warm_start_student", "supervised"):
             rows.append({"stage": stage, "step": step, "loss": 5 / (1 + step)})
@@ -103,6 +105,7 @@ ALL_SECTIONS = [
     "beyond",
     "rewards",
     "learning",
+    "judges",
     "warm-start",
     "counts",
     "showcase",
@@ -120,7 +123,7 @@ def page(tmp_path_factory):
 def test_a_full_run_has_every_section(page):
     parsed = Page(page)
     assert parsed.sections == ALL_SECTIONS
-    assert parsed.tags.count("svg") == 5
+    assert parsed.tags.count("svg") == 6
     for text in (
         "0.150",
         "0.130–0.180",
@@ -133,6 +136,8 @@ def test_a_full_run_has_every_section(page):
         "41.2",
         "reader.refused",
         "harbour bridge cost",
+        "coverage, second judge",
+        "second judge",
     ):
         assert text in parsed.texts
     for _, *values in PAPER_ROWS:
@@ -206,8 +211,18 @@ def test_every_reinforcement_learning_stage_has_its_curves(tmp_path):
     rows += [row | {"stage": "grpo_uniform"} for row in rows if row["stage"] == "grpo"]
     write_report(tmp_path / "report.html", {}, rows, [])
     parsed = Page((tmp_path / "report.html").read_text())
-    assert parsed.tags.count("svg") == 5
-    assert "grpo uniform" in parsed.texts
+    assert parsed.tags.count("svg") == 7
+    assert parsed.texts.count("grpo uniform") == 2  # under both headings
+
+
+def test_the_judges_stand_side_by_side_only_where_there_are_two():
+    rows = [{"step": s, "valid/reward/coverage": 0.1 * s, "valid/reward/specificity": 0.5} for s in range(3)]
+    assert judge_curves(rows) is None
+    for row in rows:
+        row["valid/reward/second/coverage"] = 0.3
+    drawn = judge_curves(rows)
+    assert all(text in drawn for text in ("coverage by judge", "judge of training", "second judge"))
+    assert "specificity" not in drawn
 
 
 def test_the_spread_is_drawn_as_a_band_of_its_width():

@@ -45,7 +45,7 @@ def random_inputs(seed: int) -> dict:
 
 
 def scored(inputs: dict, weights: RewardConfig = UNIFORM) -> dict[str, np.ndarray]:
-    rewards, total_BG = score(**inputs, calibration=CALIBRATION, weights=weights)
+    rewards, total_BG = score(**inputs, judged={}, calibration=CALIBRATION, weights=weights)
     return {name: np.asarray(reward_BG) for name, reward_BG in {**rewards, "total": total_BG}.items()}
 
 

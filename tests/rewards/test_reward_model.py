@@ -47,6 +47,10 @@ class CountingEmbedder(TfidfSvdEmbedder):
 @pytest.fixture
 def model():
     embedder = CountingEmbedder.fit(ARTICLES, 6, seed=0)
+    return model_of(embedder)
+
+
+def model_of(embedder, judge=None):
     return RewardModel(
         embedder=embedder,
         index=ArticleIndex(embedder.embed_documents(ARTICLES), np.arange(9)),
@@ -56,6 +60,7 @@ def model():
         signal_terms=TermStatistics.fit(ARTICLES),
         calibration=Calibration(0.2),
         config=CONFIG,
+        judge=judge,
     )
 
 
@@ -166,3 +171,36 @@ def test_weights_come_from_the_config(model):
     scored = model([READER, DRIVER], LISTS)
     expected = sum(getattr(weights, name) * reward_BG for name, reward_BG in scored.rewards.items())
     np.testing.assert_allclose(scored.total_BG, expected, atol=1e-5)
+
+
+def test_a_judge_stands_in_for_similarity_and_term_statistics(model):
+    asked = []
+
+    def judge(lists, criteria):
+        asked.extend(criterion.question for criterion in criteria[0])
+        yes_NC = np.full((len(lists), max(map(len, criteria))), 0.25)
+        yes_NC[[queries == ("hurricane florida", "electric car") for queries in lists], 0] = np.nan
+        return yes_NC
+
+    plain, judged = (scorer([READER, DRIVER], LISTS) for scorer in (model, model_of(model.embedder, judge)))
+    assert sorted(asked[:2]) == [
+        "Does the list contain a query about: crew cambridge regatta?",
+        "Does the list contain a query about: florida storm?",
+    ]
+    np.testing.assert_array_equal(judged.rewards["coverage"], np.float32([[0.25, np.nan, 0], [0.25] * 3]))
+    np.testing.assert_array_equal(judged.rewards["specificity"], np.float32([[0.25, 0.25, 0], [0.25] * 3]))
+    for name in ("align", "diversity", "structure"):
+        np.testing.assert_array_equal(judged.rewards[name], plain.rewards[name])
+    np.testing.assert_array_equal(np.isnan(judged.total_BG), [[False, True, False], [False] * 3])
+    weighted = sum(getattr(CONFIG.reward, name) * reward_BG for name, reward_BG in judged.rewards.items())
+    np.testing.assert_allclose(judged.total_BG, weighted, atol=1e-6)
+    assert summarise(judged)["reward/failed"] == pytest.approx(1 / 6)
+    assert not np.isnan(summarise(judged)["reward/coverage/mean"])
+
+
+def test_the_questions_of_a_user_are_made_once_and_follow_the_rubric(model):
+    rubric, questions = model.rubric(READER), model.text_rubric(READER)
+    assert questions is model.text_rubric(READER)
+    assert [set(members) for members in rubric.members] == [{2, 3}, {0, 1}]
+    assert [criterion.weight for criterion in questions.coverage] == [4.0, 4.0, 0.5 * 8.0]
+    assert model.text_rubric(example_of(7, "zxqv", "blorp")).coverage == ()

@@ -35,6 +35,12 @@ def test_single_signals_count_where_there_is_little_else_the_latest_first():
     np.testing.assert_allclose(rubric.weights_J, [4, 1, 1], rtol=1e-6)
 
 
+def test_members_are_the_rows_of_the_signals_unknown_ones_counted():
+    signals = np.concatenate([AXES[:1] * 0, around(0, 2), AXES[:1] * 0, around(1, 3)])
+    assert build_rubric(signals, CALIBRATION, max_facets=4).members == ((4, 5, 6), (1, 2))
+    assert build_rubric(signals, CALIBRATION, max_facets=1).members == ((4, 5, 6),)
+
+
 def test_only_the_best_supported_facets_are_kept():
     signals = np.concatenate([around(axis, axis + 2) for axis in range(5)])
     rubric = build_rubric(signals, CALIBRATION, max_facets=2)
@@ -46,6 +52,7 @@ def test_no_usable_signals_no_facets(signals):
     rubric = build_rubric(signals, CALIBRATION, max_facets=4)
     assert not rubric.weights_J.any()
     assert not rubric.facets_JE.any()
+    assert rubric.members == ()
 
 
 @settings(deadline=None, max_examples=30)
