@@ -13,11 +13,12 @@ from jaxnr.config import load_config
 from jaxnr.data.examples import Example, current_example
 from jaxnr.data.readers.events import read_event_file
 from jaxnr.errors import InputError
-from jaxnr.evaluation.run import DEPTH, MODELS, sample_lists
+from jaxnr.evaluation.run import DEPTH, MODELS, rank
 from jaxnr.indexing import identify, run_embedder
 from jaxnr.mesh import make_mesh
 from jaxnr.retrieval.catalogue_index import Manifest, OpenIndex, open_index
 from jaxnr.road import Road
+from jaxnr.training.rollout import padded_chunks
 
 _MODEL = {"teacher": "teacher", "student": "student_on_policy"}
 
@@ -54,8 +55,12 @@ def generate(
         example = example._replace(timestamp=max(now, latest))
     shape, stage = MODELS[_MODEL[model]]
     policy = road.policy(shape)
-    sampled = sample_lists(road, policy, road.trained_params(policy, stage), [example], samples)
-    _print(road, example, sampled.lists_US[0], sampled.rankings_US[0])
+    ways = road.mesh.shape["data"] * road.mesh.shape["fsdp"]
+    (chunk,) = padded_chunks([example], ways)
+    params = road.trained_params(policy, stage)
+    rollout = road.roll_out(policy, params, chunk.padded, samples, road.config.evaluation.temperature, step=0)
+    found = road.rewards.retrieve(chunk.padded, rollout.lists)
+    _print(road, example, rollout.lists[0], rank(road, found, road.config.retrieval.merge)[0])
 
 
 def _open_for(run_dir: Path, index_dir: Path) -> OpenIndex:

@@ -94,9 +94,8 @@ class SentenceEncoder:
         given = [text.lower() for text in texts] if self._lower_case else texts
         room = self._max_tokens - (self._end_id is not None)
         ids: Any = self._tokenizer(given, truncation=True, max_length=room)["input_ids"]
-        if self._end_id is None:
-            return ids
-        return [row if row[-1:] == [self._end_id] else [*row, self._end_id] for row in ids]
+        end = [] if self._end_id is None else [self._end_id]
+        return [list(row) if row[-1:] == end else [*row, *end] for row in ids]
 
 
 def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:

@@ -15,11 +15,14 @@ from jaxnr.config import MeshConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh, tree_shardings
 from jaxnr.models import weights
-from jaxnr.models.decoder import head_VD
+from jaxnr.models.decoder import Decoder, DecoderConfig, head_VD, init_params, parameter_count
+from jaxnr.models.encoder import Classifier, Encoder, EncoderConfig
+from jaxnr.models.encoder import init_params as init_encoder
 from jaxnr.models.huggingface import load, save
 from jaxnr.models.lora import LoraConfig, merge, trainable
 from jaxnr.models.weights import load_params
 from jaxnr.prompting.tokenizer import train_tokenizer
+from jaxnr.sampling.sampler import SamplingSettings, make_sampler
 
 KINDS = {
     "qwen2 tied": {"rope_theta": 1e6},
@@ -299,3 +302,96 @@ def _nested(flat):
 
 def _paths(params):
     return set(_flat(params))
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_greedy_generation_is_that_of_transformers_token_for_token(tmp_path, tokenizer, kind):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model, _ = saved(tmp_path / "model", tokenizer, model_type=kind.lower(), num_hidden_layers=3)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    loaded = load(tmp_path / "model")
+    lengths, budget = (11, 3, 7), 64
+    prompt_BS, mask_BS = left_padded(lengths, 11)
+    sampler = make_sampler(loaded.model, max_new_tokens=budget, vocabulary_size=ROWS, pad_id=0)
+    completions = sampler(
+        loaded.params,
+        prompt_BS,
+        mask_BS,
+        np.arange(3, dtype=np.int32),
+        np.arange(1, dtype=np.int32),
+        np.int32(0),
+        np.int32(0),
+        SamplingSettings(temperature=0.0),
+        np.array([-1], np.int32),  # no token ends a completion
+    )
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.tensor(prompt_BS).long(),
+            attention_mask=torch.tensor(mask_BS).long(),
+            max_new_tokens=budget,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[:, 11:].numpy()
+    np.testing.assert_array_equal(completions.tokens_BGT[:, 0], expected)
+    assert len({tuple(row) for row in expected.tolist()}) == 3
+    assert model.config.model_type == kind.lower()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "classifier"])
+def test_encoders_are_saved_and_loaded_through_the_same_door(tmp_path, tokenizer, kind):
+    config = EncoderConfig(
+        model_type="bert" if kind == "bert" else "roberta",
+        vocab_size=ROWS,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=32,
+        max_position_embeddings=40,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        hidden_act="gelu",
+        initializer_range=0.02,
+        pad_token_id=1,
+    )
+    model = Classifier(config, ("drop", "keep", "unsure")) if kind == "classifier" else Encoder(config)
+    params = init_encoder(model, jax.random.key(0))
+    save(tmp_path / "model", model, params, tokenizer)
+    loaded = load(tmp_path / "model", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert loaded.model == model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), loaded.params, params))
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    auto = transformers.AutoModelForSequenceClassification if kind == "classifier" else transformers.AutoModel
+    reference = auto.from_pretrained(tmp_path / "model").eval()
+    tokens_BS, mask_BS = np.arange(2, 20, dtype=np.int32).reshape(2, 9), np.ones((2, 9), bool)
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens_BS).long(), torch.tensor(mask_BS).long())[0].numpy()
+    assert relative_gap(model.apply({"params": params}, tokens_BS, mask_BS), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [  # layers, hidden, feed-forward, query heads, vocabulary rows, tied
+        ((28, 1024, 3072, 16, 151669, True), 595_776_512),
+        ((36, 2560, 9728, 32, 151665, True), 4_021_774_336),
+        ((36, 4096, 12288, 32, 151665, False), 8_188_515_328),
+    ],
+)
+def test_qwen3_embedding_has_the_published_parameter_counts(shape, count):
+    L, D, F, N, rows, tied = shape
+    config = DecoderConfig(
+        model_type="qwen3",
+        num_hidden_layers=L,
+        hidden_size=D,
+        intermediate_size=F,
+        num_attention_heads=N,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=rows,
+        tie_word_embeddings=tied,
+    )
+    assert parameter_count(jax.eval_shape(lambda: init_params(Decoder(config), jax.random.key(0)))) == count

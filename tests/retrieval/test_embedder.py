@@ -9,11 +9,14 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import random_params, tiny_decoder
 from tokenizers import ByteLevelBPETokenizer
 
 from jaxnr.config import MeshConfig, RetrievalConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
+from jaxnr.models.huggingface import save
+from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.retrieval.embedder import TfidfSvdEmbedder, analyze, load_embedder
 from jaxnr.retrieval.sentence_encoder import SentenceEncoder
 
@@ -269,3 +272,55 @@ def test_all_minilm_l6_v2_equals_transformers_whatever_the_lengths_and_the_batch
     alone_NE = np.concatenate([encoder.embed_documents([text]) for text in texts[-3:]])
     np.testing.assert_allclose(alone_NE, vectors_NE[-3:], atol=1e-6)
     assert_same_directions(vectors_NE, transformers_vectors(folder, texts, max_tokens=256))
+
+
+@pytest.fixture
+def qwen3(tmp_path):
+    """A random tiny Qwen3-Embedding in the layout of sentence-transformers; its pad token ends every text."""
+    tokenizer = train_tokenizer(["storm over florida tonight", "the election in ohio"] * 3, 300, tmp_path / "tokens")
+    model = tiny_decoder(vocab_size=320, model_type="qwen3")
+    save(tmp_path / "model", model, random_params(model), tokenizer)
+    write(
+        tmp_path / "model" / "modules.json",
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ],
+    )
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    write(tmp_path / "model" / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
+    return tmp_path / "model"
+
+
+def test_qwen3_embedding_is_the_state_of_the_end_token_and_queries_stand_behind_their_task(qwen3):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    encoder = SentenceEncoder(str(qwen3), query_task="Find news")
+    texts = ["storm over florida", "the election in ohio tonight, and the storm", "ohio"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen3)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(qwen3).eval().model
+
+    def expected(text):
+        ids = tokenizer(text)["input_ids"] + [tokenizer.pad_token_id]
+        with torch.no_grad():
+            last = reference(torch.tensor([ids])).last_hidden_state[0, -1].numpy()
+        return last / np.linalg.norm(last)
+
+    for given, vectors in (
+        (texts, encoder.embed_documents(texts)),
+        ([f"Instruct: Find news\nQuery:{text}" for text in texts], encoder.embed_queries(texts)),
+    ):
+        np.testing.assert_allclose(vectors, np.stack([expected(text) for text in given]), atol=1e-5)
+    assert (encoder.embed_queries(["", " "]) == 0).all()
+
+
+def test_qwen3_embedding_spreads_over_a_mesh_and_computes_in_bfloat16(qwen3):
+    texts = ["storm over florida", "the election in ohio tonight", "ohio"]
+    plain = SentenceEncoder(str(qwen3)).embed_documents(texts)
+    spread = SentenceEncoder(str(qwen3), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))).embed_documents(texts)
+    np.testing.assert_allclose(spread, plain, atol=1e-5)
+    narrow = SentenceEncoder(str(qwen3), dtype="bfloat16").embed_documents(texts)
+    assert ((narrow * plain).sum(axis=1) > 0.995).all()
+    assert np.abs(narrow - plain).max() > 1e-5

@@ -1,18 +1,19 @@
 """From a judge's answers to rewards, and the judges that a config opens."""
 
 import dataclasses
-import sys
-from types import SimpleNamespace
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from tiny import random_params, tiny_decoder
 
-import jaxnr.rewards.judge_language_model
 from jaxnr.config import JudgeConfig, MeshConfig, SecondJudgeConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
+from jaxnr.models.huggingface import save
 from jaxnr.prompting.output import ParsedList
+from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.rewards.criteria import SPECIFICITY, Criterion, TextRubric, subject_of, text_rubric
 from jaxnr.rewards.judge import judge_of, judged_rewards, open_judge
 from jaxnr.rewards.judge_http import HttpJudge
@@ -120,27 +121,18 @@ def test_the_built_in_judge_is_none_that_reads_and_word_overlap_needs_nothing(tm
     assert open_judge(SecondJudgeConfig(), tmp_path, mesh()) is word_overlap
 
 
-def test_a_language_model_is_loaded_onto_the_mesh_once_and_when_it_is_asked(tmp_path, monkeypatch):
-    calls, its_mesh = [], mesh()
-
-    def load(name, *, mesh):
-        calls.append((name, mesh))
-        return SimpleNamespace(model="model", params="params", tokenizer="tokenizer")
-
-    def made(*args, **settings):
-        calls.append((args, settings))
-        return Answers(lambda *_: 0.5)
-
-    monkeypatch.setitem(sys.modules, "jaxnr.models.huggingface", SimpleNamespace(load=load))  # pyright: ignore
-    monkeypatch.setattr(jaxnr.rewards.judge_language_model, "LanguageModelJudge", made)
-    judge = judge_of(JudgeConfig(kind="language_model", model="some/model", lists_per_step=7), tmp_path, its_mesh)
-    assert calls == []
-    for _ in range(2):
-        assert judged_rewards(judge, [READER], [[valid("a")]])["coverage"] == 0.5  # pyright: ignore
-    assert calls == [
-        ("some/model", its_mesh),
-        (("model", "params", "tokenizer", its_mesh), {"lists_per_step": 7}),
-    ]
+def test_a_language_model_is_opened_from_its_checkpoint_once_and_when_it_is_asked(tmp_path):
+    config = JudgeConfig(kind="language_model", model=str(tmp_path / "model"), lists_per_step=2)
+    judge = judge_of(config, tmp_path, mesh())
+    assert judge is not None
+    tokenizer = train_tokenizer(["storm over florida", "yes or no"] * 3, 300, tmp_path / "tokens")
+    model = tiny_decoder(vocab_size=320)
+    save(tmp_path / "model", model, random_params(model), tokenizer)
+    first = judged_rewards(judge, [READER], [[valid("a")]])
+    assert 0 < first["coverage"] < 1
+    shutil.rmtree(tmp_path / "model")
+    again = judged_rewards(judge, [READER], [[valid("a")]])
+    assert again["coverage"] == first["coverage"]
 
 
 def test_the_token_comes_from_the_environment_and_is_not_written(tmp_path, monkeypatch):
