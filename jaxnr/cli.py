@@ -169,6 +169,27 @@ class Index:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a trained model as a Hugging Face checkpoint: config, tokenizer, safetensors."""
+
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run whose model has been trained."""
+    out: Path
+    """New folder for the checkpoint."""
+    model: Literal["teacher", "teacher_uniform", "prompt_only", "student_on_policy", "student_supervised"] = (
+        "student_on_policy"
+    )
+    """Which model, by its name in results.json."""
+
+    def __call__(self) -> None:
+        _require_run(self.run_dir)
+        from jaxnr.export import export
+
+        export(self.run_dir, self.model, self.out)
+        print(f"{self.model} of {self.run_dir} is in {self.out}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Write report.html again from a run's results, and print the table."""
 
@@ -188,7 +209,7 @@ class Report:
         Console().print(console_table(results))
 
 
-Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Report
+Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Export | Report
 
 _ABOUT = "From what a person searches, browses and reads to news search queries, and from those to news."
 _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class SentenceEncoder:
         self.size: int = model.config.hidden_size
         instructed = isinstance(model, Decoder)
         self._query_prefix = f"Instruct: {query_task}\nQuery:" if instructed else ""
-        self._end_id = self._tokenizer.pad_token_id if instructed else None
+        self._end_id = cast(int, self._tokenizer.pad_token_id) if instructed else None
         limits = (parts.max_tokens, self._tokenizer.model_max_length, model.config.max_tokens)
         self._max_tokens = int(min(limits))
         self._lower_case = parts.lower_case
@@ -93,9 +93,9 @@ class SentenceEncoder:
         """The ids of each text, cut to the longest that the model reads, with the end token where it wants one."""
         given = [text.lower() for text in texts] if self._lower_case else texts
         room = self._max_tokens - (self._end_id is not None)
-        ids: Any = self._tokenizer(given, truncation=True, max_length=room)["input_ids"]
+        encoded = cast(list[list[int]], self._tokenizer(given, truncation=True, max_length=room)["input_ids"])
         end = [] if self._end_id is None else [self._end_id]
-        return [list(row) if row[-1:] == end else [*row, *end] for row in ids]
+        return [ids if ids[-1:] == end else [*ids, *end] for ids in encoded]
 
 
 def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:

@@ -308,11 +308,11 @@ def test_qwen3_embedding_is_the_state_of_the_end_token_and_queries_stand_behind_
             last = reference(torch.tensor([ids])).last_hidden_state[0, -1].numpy()
         return last / np.linalg.norm(last)
 
-    for given, vectors in (
+    for read, vectors in (
         (texts, encoder.embed_documents(texts)),
         ([f"Instruct: Find news\nQuery:{text}" for text in texts], encoder.embed_queries(texts)),
     ):
-        np.testing.assert_allclose(vectors, np.stack([expected(text) for text in given]), atol=1e-5)
+        np.testing.assert_allclose(vectors, np.stack([expected(text) for text in read]), atol=1e-5)
     assert (encoder.embed_queries(["", " "]) == 0).all()
 
 
