@@ -18,8 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-_CHUNK_QUERIES = 128
-_MOST_CHUNKS = 8  # chunks are laid out one after the other in the program, which must not grow with the prompt
+_CHUNK_QUERIES = 128  # at least; a long prompt has longer chunks
+_MOST_CHUNKS = 8  # they follow one another in the program, which must not grow with the prompt
 _MASKED = -1e30  # finite: a query with no visible key (padding) then gives a harmless mean instead of NaN
 
 
@@ -43,7 +43,7 @@ class DecoderConfig:
 class KeyValues(NamedTuple):
     """Keys and values that queries may attend to, laid out as the matrix products of attention read them.
 
-    ``shared``: key [B, K, H, U], value [B, K, U, H] and mask [B, T or 1, U], the same for the G completions of a prompt.
+    ``shared``: key [B, K, H, U], value [B, K, U, H], mask [B, T or 1, U], the same for the G completions of a prompt.
     Otherwise: key [B, K, G, H, U], value [B, K, G, U, H] and mask broadcastable to [B, G, T, U].
     """
 
@@ -112,9 +112,10 @@ def attend_causally(query_BSNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.
         keys = KeyValues(key_BKHS[..., :stop], value_BKSH[:, :, :stop], visible_1SU & mask_BS[:, None, :stop], True)
         return attend(query_BSNH[:, None, start:stop], (keys,))[:, 0]
 
-    if S <= chunk:
+    if chunk >= S:
         return attended(0)
-    return jnp.concatenate([jax.checkpoint(lambda: attended(start))() for start in range(0, S, chunk)], axis=1)
+    rematerialised = jax.checkpoint(attended, static_argnums=0)
+    return jnp.concatenate([rematerialised(start) for start in range(0, S, chunk)], axis=1)
 
 
 def _scores(query_BKGTRH: jax.Array, source: KeyValues) -> jax.Array:
@@ -183,7 +184,7 @@ class Block(nn.Module):
         self.down_proj = dense(c.hidden_size, False)
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [..., T, N, H] of x [B, ..., T, D], and rotated keys and values in the layout of KeyValues."""
+        """Rotated queries [..., N, H] of x [B, ..., T, D], and rotated keys and values in the layout of KeyValues."""
         c = self.config
         x = self.input_layernorm(x)
         query = self.q_proj(x).reshape(*x.shape[:-1], c.num_attention_heads, c.head_dim)
@@ -258,13 +259,13 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def prefill(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Last hidden state [B, D] of left-padded prompts, and the prompt's keys [L, B, K, H, S] and values [L, B, K, S, H]."""
+        """Last hidden state [B, D] of left-padded prompts, and their keys and values as a cache holds them."""
         context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
         (hidden, _), computed = self.layers((self.embed_tokens(tokens_BS), None), None, context)
         return self.norm(hidden[:, -1]), *computed["prompt"]
 
     def decode(self, tokens_BG: jax.Array, t: jax.Array, cache: Cache, mask_BS: jax.Array):
-        """Hidden state [B, G, D] after the completions' t-th token, and its keys and values, each a cache's with T = 1."""
+        """Hidden state [B, G, D] after the completions' t-th token, and its keys and values: a cache's with T = 1."""
         position_BGT = (mask_BS.sum(-1)[:, None, None] + t) * jnp.ones_like(tokens_BG)[..., None]
         context = Context(
             prompt_mask_BS=mask_BS,

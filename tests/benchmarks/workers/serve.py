@@ -24,9 +24,9 @@ def arguments() -> argparse.Namespace:
 def serve(sample: Callable[[int, bool], list[list[int]]], about: dict[str, str]) -> None:
     """Answers each request {"seed", "greedy"} with {"seconds", "tokens", "peak_mib", "rows"}.
 
-    ``sample(seed, greedy)`` gives the tokens of every completion, the group of a prompt in consecutive rows; the time is
-    that of the call alone. ``rows`` are sent for greedy requests only. ``peak_mib`` is the process's peak memory so far.
-    The first line, before any request, is ``about``.
+    ``sample(seed, greedy)`` gives the tokens of every completion, the group of a prompt in consecutive rows; the time
+    is that of the call alone. ``rows`` are sent for greedy requests only. ``peak_mib`` is the process's peak memory so
+    far. The first line, before any request, is ``about``.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     print(json.dumps(about), file=answers, flush=True)
