@@ -5,7 +5,8 @@
 Each system is a process in an environment of its own (jaxnr: the one that runs this script; the others are made in
 FOLDER with venv and pip if they are not there), reads the same random checkpoint, and samples G completions of the same
 prompts, none of which ends early. Systems take turns within every repeat, so that other work on the machine meets all
-alike; medians count. Before that each warms up, and greedy completions are compared: the models are the same.
+alike; medians count. Where the machine is busy the ratio of CPU seconds is the steadier one. Before that each warms up,
+and greedy completions are compared: the models are the same.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Worker:
     def __init__(self, python: Path, system: str, checkpoint: Path, prompts: Path) -> None:
         command = [python, WORKERS / f"with_{system}.py", checkpoint, prompts, str(GROUP), str(NEW_TOKENS)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+        environment = os.environ | {
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+            "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads would spin on a busy machine, which slows it several times
+        }
         self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
         self.about = self._answer()
 
@@ -86,8 +90,10 @@ def compare(pythons: dict[str, Path], checkpoint: Path, length: int, repeats: in
     answers: dict[str, list[dict]] = {system: [] for system in workers}
     for repeat in range(repeats + 1):  # the first warms up
         for system, worker in workers.items():
-            answers[system].append(worker.sample(repeat))
-            print(f"prompt {length}, repeat {repeat}: {system} {answers[system][-1]['seconds']:.2f} s", file=sys.stderr)
+            answer = worker.sample(repeat)
+            answers[system].append(answer)
+            took = f"{answer['seconds']:.2f} s, CPU {answer['cpu_seconds']:.2f} s"
+            print(f"prompt {length}, repeat {repeat}: {system} {took}", file=sys.stderr)
     for worker in workers.values():
         worker.close()
     result = {}
@@ -98,6 +104,7 @@ def compare(pythons: dict[str, Path], checkpoint: Path, length: int, repeats: in
         result[system] = {
             "about": workers[system].about,
             "seconds": seconds,
+            "cpu_s": statistics.median(answer["cpu_seconds"] for answer in given[1:]),
             "tokens_per_s": PROMPTS * GROUP * NEW_TOKENS / statistics.median(seconds),
             "peak_mib": given[-1]["peak_mib"],
             "greedy_tokens_as_jaxnr": statistics.fmean(same),
@@ -105,23 +112,32 @@ def compare(pythons: dict[str, Path], checkpoint: Path, length: int, repeats: in
     for system in result:
         pairs = zip(result[system]["seconds"], result["jaxnr"]["seconds"], strict=True)
         result[system]["times_jaxnr_is_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
+        result[system]["times_cpu_seconds"] = result[system]["cpu_s"] / result["jaxnr"]["cpu_s"]
     return result
 
 
 def table(results: dict[int, dict]) -> str:
     """The results in Markdown."""
     lines = [
-        "| prompt | system | tokens/s | slowest–fastest | jaxnr is faster by | peak memory, MiB | greedy as jaxnr |",
-        "|---|---|---|---|---|---|---|",
+        "| prompt | system | tokens/s | slowest–fastest | jaxnr is faster by | CPU seconds | times those of jaxnr | "
+        "peak memory, MiB | greedy tokens as jaxnr |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for length, systems in results.items():
         for system, row in systems.items():
             made = PROMPTS * GROUP * NEW_TOKENS
-            spread = f"{made / max(row['seconds']):.0f}–{made / min(row['seconds']):.0f}"
-            lines.append(
-                f"| {length} | {system} | {row['tokens_per_s']:.0f} | {spread} | {row['times_jaxnr_is_faster']:.2f}× | "
-                f"{row['peak_mib']:.0f} | {row['greedy_tokens_as_jaxnr']:.0%} |"
-            )
+            cells = [
+                str(length),
+                system,
+                f"{row['tokens_per_s']:.0f}",
+                f"{made / max(row['seconds']):.0f}–{made / min(row['seconds']):.0f}",
+                f"{row['times_jaxnr_is_faster']:.2f}×",
+                f"{row['cpu_s']:.2f}",
+                f"{row['times_cpu_seconds']:.2f}×",
+                f"{row['peak_mib']:.0f}",
+                f"{row['greedy_tokens_as_jaxnr']:.0%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
