@@ -14,6 +14,7 @@ from jaxnr.data.examples import Example, current_example
 from jaxnr.data.readers.events import read_event_file
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import DEPTH, MODELS, sample_lists
+from jaxnr.prompting.prompt import as_shown, encode_prompt
 from jaxnr.road import Road
 
 _MODEL = {"teacher": "teacher", "student": "student_on_policy"}
@@ -40,16 +41,21 @@ def generate(run_dir: Path, user_id: str | None, events_path: Path | None, model
     shape, stage = MODELS[_MODEL[model]]
     policy = road.policy(shape)
     sampled = sample_lists(road, policy, road.trained_params(policy, stage), [example], samples)
-    _print(road, example, sampled.lists_US[0], sampled.rankings_US[0])
+    shown = as_shown(example, policy.signal_terms, policy.prompt.signal_words)
+    dropped = encode_prompt(policy.tokenizer, shown, policy.prompt).dropped
+    _print(road, example, dropped, sampled.lists_US[0], sampled.rankings_US[0])
 
 
-def _print(road: Road, example: Example, lists: list, rankings: list[list[str]]) -> None:
+def _print(road: Road, example: Example, dropped: int, lists: list, rankings: list[list[str]]) -> None:
     console = Console()
     articles = road.tables.articles
     titles = dict(zip(articles["item_id"].to_pylist(), articles["title"].to_pylist(), strict=True))
     console.print(f"[bold]Signals of {escape(example.user_id)}[/bold], oldest first")
     for signal in example.signals:
         console.print(f"  [dim]{signal.domain:>6}[/dim]  {escape(signal.text)}", highlight=False)
+    if dropped:
+        limit = road.config.prompt.max_prompt_tokens
+        console.print(f"The oldest {dropped} of them did not fit the prompt of {limit} tokens.")
     for parsed, ranking in zip(lists, rankings, strict=True):
         console.print("\n[bold]Queries[/bold]")
         if parsed.problem is not None:

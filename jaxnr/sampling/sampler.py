@@ -7,6 +7,7 @@ compiles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
             live = ~state.done_BG
             token = jnp.where(live, token.reshape(B, G), pad_id)
             logprob = jnp.where(live, logprob.reshape(B, G), 0.0)
-            return state.replace(
+            return dataclasses.replace(
+                state,
                 t=state.t + 1,
                 token_BG=token,
                 done_BG=state.done_BG | (live & jnp.isin(token, stop_ids)),
@@ -107,7 +109,8 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
             cache = Cache(prompt_key, prompt_value, state.own_key_LBKGHT, state.own_value_LBKGTH)
             decoded = model.apply(variables, state.token_BG, place, cache, prompt_mask_BS, method="decode")
             hidden_BGD, key, value = cast(Any, decoded)
-            state = state.replace(
+            state = dataclasses.replace(
+                state,
                 own_key_LBKGHT=jax.lax.dynamic_update_slice_in_dim(state.own_key_LBKGHT, key, place, axis=5),
                 own_value_LBKGTH=jax.lax.dynamic_update_slice_in_dim(state.own_value_LBKGTH, value, place, axis=4),
             )
