@@ -16,6 +16,7 @@ from jaxnr.errors import InputError
 from jaxnr.evaluation.run import DEPTH, MODELS, rank
 from jaxnr.indexing import identify, run_embedder
 from jaxnr.mesh import make_mesh
+from jaxnr.prompting.prompt import as_shown, encode_prompt
 from jaxnr.retrieval.catalogue_index import Manifest, OpenIndex, open_index
 from jaxnr.road import Road
 from jaxnr.training.rollout import padded_chunks
@@ -60,7 +61,10 @@ def generate(
     params = road.trained_params(policy, stage)
     rollout = road.roll_out(policy, params, chunk.padded, samples, road.config.evaluation.temperature, step=0)
     found = road.rewards.retrieve(chunk.padded, rollout.lists)
-    _print(road, example, rollout.lists[0], rank(road, found, road.config.retrieval.merge)[0])
+    rankings = rank(road, found, road.config.retrieval.merge)
+    shown = as_shown(example, policy.signal_terms, policy.prompt.signal_words)
+    dropped = encode_prompt(policy.tokenizer, shown, policy.prompt).dropped
+    _print(road, example, dropped, rollout.lists[0], rankings[0])
 
 
 def _open_for(run_dir: Path, index_dir: Path) -> OpenIndex:
@@ -83,13 +87,16 @@ def _over(road: Road, catalogue: OpenIndex) -> tuple[Road, int]:
     return road, int(np.max(articles["published_at"].cast("int64")))
 
 
-def _print(road: Road, example: Example, lists: list, rankings: list[list[str]]) -> None:
+def _print(road: Road, example: Example, dropped: int, lists: list, rankings: list[list[str]]) -> None:
     console = Console()
     articles = road.tables.articles
     titles = dict(zip(articles["item_id"].to_pylist(), articles["title"].to_pylist(), strict=True))
     console.print(f"[bold]Signals of {escape(example.user_id)}[/bold], oldest first")
     for signal in example.signals:
         console.print(f"  [dim]{signal.domain:>6}[/dim]  {escape(signal.text)}", highlight=False)
+    if dropped:
+        limit = road.config.prompt.max_prompt_tokens
+        console.print(f"The oldest {dropped} of them did not fit the prompt of {limit} tokens.")
     for parsed, ranking in zip(lists, rankings, strict=True):
         console.print("\n[bold]Queries[/bold]")
         if parsed.problem is not None:

@@ -1,6 +1,7 @@
 """``generate`` on a finished tiny run: queries and articles for a user of the log, or for events in a file."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -50,6 +51,22 @@ def test_events_of_a_file_are_what_is_known(run, tmp_path, capsys, monkeypatch):
     titles = set(Tables.load(run / "data").articles["title"].to_pylist())
     listed = [line.strip().partition(". ")[2] for line in shown.splitlines() if line.strip()[:2].strip(". ").isdigit()]
     assert all(title in titles for title in listed)
+    assert "did not fit" not in shown
+
+
+def test_signals_that_do_not_fit_the_prompt_are_counted(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "long.jsonl"
+    event = {"user_id": "me", "domain": "search", "action": "query"}
+    path.write_text(
+        "".join(
+            json.dumps(event | {"timestamp": second, "text": f"{word} unheard of anywhere zyxwvut qponmlk {word}"})
+            + "\n"
+            for second, word in enumerate(["qwertz", "uiopas", "dfghjk", "lyxcvb"], start=1)
+        )
+    )
+    generate(run, None, path, "student", 1)
+    assert re.search(r"The oldest [1-4] of them did not fit the prompt of 64 tokens\.", capsys.readouterr().out)
 
 
 def test_users_that_cannot_be_served_are_input_errors(run, tmp_path):

@@ -114,6 +114,12 @@ def test_the_report_is_one_page_of_its_own(run):
     assert all(user["user_id"] in page for user in showcase)
 
 
+def test_a_run_has_at_most_ten_sampling_programs(run):
+    """Of both models, in training, validation, teacher lists, evaluation and best-of-N: the programs it has cached."""
+    programs = [path.name for path in (run.parent / "programs").iterdir() if path.name.startswith("jit_sample-")]
+    assert 2 <= len([name for name in programs if name.endswith("-cache")]) <= 10
+
+
 def test_a_run_leaves_nothing_half_written(run):
     assert not [path for path in run.rglob("*") if "partial" in path.name or "tmp" in path.name]
 

@@ -23,6 +23,8 @@ from jaxnr.errors import InputError
 from jaxnr.models.lora import NO_LORA, LoraConfig, Projection
 from jaxnr.models.weights import Row, read_json
 
+_CHUNK_QUERIES = 128  # at least; a long prompt has longer chunks
+_MOST_CHUNKS = 8  # they follow one another in the program, which must not grow with the prompt
 _MASKED = -1e30  # finite: a query with no visible key (padding) then gives a harmless mean instead of NaN
 
 
@@ -86,10 +88,10 @@ class DecoderConfig:
 
 
 class KeyValues(NamedTuple):
-    """Keys and values that queries may attend to.
+    """Keys and values that queries may attend to, laid out as the matrix products of attention read them.
 
-    ``shared``: key/value [B, U, K, H] and mask [B, T or 1, U], the same for the G completions of a prompt.
-    Otherwise: key/value [B, G, U, K, H] and mask broadcastable to [B, G, T, U].
+    ``shared``: key [B, K, H, U], value [B, K, U, H], mask [B, T or 1, U], the same for the G completions of a prompt.
+    Otherwise: key [B, K, G, H, U], value [B, K, G, U, H] and mask broadcastable to [B, G, T, U].
     """
 
     key: jax.Array
@@ -99,12 +101,13 @@ class KeyValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What decoding has to remember, a layer per leading index."""
+    """What decoding has to remember, a layer per leading index, in the layout of KeyValues: a step of decoding reads it
+    all, and transposing it each time would cost more than the products themselves."""
 
-    prompt_key_LBSKH: jax.Array
-    prompt_value_LBSKH: jax.Array
-    own_key_LBGTKH: jax.Array
-    own_value_LBGTKH: jax.Array
+    prompt_key_LBKHS: jax.Array
+    prompt_value_LBKSH: jax.Array
+    own_key_LBKGHT: jax.Array
+    own_value_LBKGTH: jax.Array
 
 
 _ABSENT = cast(Any, None)  # what a layer does not read, because its stream or the cache is not there
@@ -126,7 +129,7 @@ def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     concatenated nor transposed. Scores and softmax are float32 whatever the compute type.
     """
     B, G, T, N, H = query_BGTNH.shape
-    K = sources[0].key.shape[-2]
+    K = sources[0].key.shape[1]
     R = N // K  # query heads a key head
     query_BKGTRH = query_BGTNH.reshape(B, G, T, K, R, H).transpose(0, 3, 1, 2, 4, 5) * H**-0.5
     scores = [_scores(query_BKGTRH, source) for source in sources]
@@ -141,14 +144,33 @@ def attend(query_BGTNH: jax.Array, sources: tuple[KeyValues, ...]) -> jax.Array:
     return out_BKGTRH.transpose(0, 2, 3, 1, 4, 5).reshape(B, G, T, N, H)
 
 
+def attend_causally(query_BSNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """Attention of sequences to themselves, up to each query's own position. Returns [B, S, N, H].
+
+    Long sequences go a chunk of queries at a time, each with the keys up to its own end: what no query of the chunk may
+    see is never computed, and the scores of one chunk exist at once, in the backward pass too (``jax.checkpoint``).
+    """
+    S = query_BSNH.shape[1]
+    chunk = max(_CHUNK_QUERIES, -(-S // _MOST_CHUNKS))
+
+    def attended(start: int) -> jax.Array:
+        stop = min(start + chunk, S)
+        visible_1SU = jnp.tril(jnp.ones((stop - start, stop), bool), start)[None]
+        keys = KeyValues(key_BKHS[..., :stop], value_BKSH[:, :, :stop], visible_1SU & mask_BS[:, None, :stop], True)
+        return attend(query_BSNH[:, None, start:stop], (keys,))[:, 0]
+
+    if chunk >= S:
+        return attended(0)
+    rematerialised = jax.checkpoint(attended, static_argnums=0)
+    return jnp.concatenate([rematerialised(start) for start in range(0, S, chunk)], axis=1)
+
+
 def _scores(query_BKGTRH: jax.Array, source: KeyValues) -> jax.Array:
     """Masked float32 scores [B, K, G, T, R, U] of one source, as plain batched matrix products."""
     B, K, G, T, R, H = query_BKGTRH.shape
     rows = (G * T * R,) if source.shared else (G, T * R)
-    pattern = "bkmh,bukh->bkmu" if source.shared else "bkgmh,bgukh->bkgmu"
-    score = jnp.einsum(
-        pattern, query_BKGTRH.reshape(B, K, *rows, H), source.key, preferred_element_type=jnp.float32
-    ).reshape(B, K, G, T, R, source.key.shape[-3])
+    score = jnp.matmul(query_BKGTRH.reshape(B, K, *rows, H), source.key, preferred_element_type=jnp.float32)
+    score = score.reshape(B, K, G, T, R, source.key.shape[-1])
     mask = source.mask[:, None] if source.shared else source.mask  # [B, G or 1, T or 1, U]
     return jnp.where(mask[:, None, :, :, None], score, _MASKED)
 
@@ -157,8 +179,7 @@ def _mix(weight_BKGTRU: jax.Array, source: KeyValues) -> jax.Array:
     """The values [B, K, G, T, R, H] of one source, summed by weight in float32."""
     B, K, G, T, R, U = weight_BKGTRU.shape
     rows = (G * T * R,) if source.shared else (G, T * R)
-    pattern = "bkmu,bukh->bkmh" if source.shared else "bkgmu,bgukh->bkgmh"
-    mixed = jnp.einsum(pattern, weight_BKGTRU.reshape(B, K, *rows, U), source.value, preferred_element_type=jnp.float32)
+    mixed = jnp.matmul(weight_BKGTRU.reshape(B, K, *rows, U), source.value, preferred_element_type=jnp.float32)
     return mixed.reshape(B, K, G, T, R, source.value.shape[-1])
 
 
@@ -216,7 +237,7 @@ class Block(nn.Module):
         self.down_proj = projection("down_proj", c.hidden_size)
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H]."""
+        """Rotated queries [..., N, H] of x [B, ..., T, D], and rotated keys and values in the layout of KeyValues."""
         c = self.config
         x = self.input_layernorm(x)
         query = self.q_proj(x).reshape(*x.shape[:-1], c.num_attention_heads, c.head_dim)
@@ -224,7 +245,9 @@ class Block(nn.Module):
         value = self.v_proj(x).reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
         if c.model_type == "qwen3":
             query, key = self.q_norm(query), self.k_norm(key)
-        return rotate(query, position, c.rope_theta), rotate(key, position, c.rope_theta), value
+        key = rotate(key, position, c.rope_theta)
+        key = jnp.moveaxis(key, (-2, -3), (1, -1))
+        return rotate(query, position, c.rope_theta), key, jnp.moveaxis(value, -2, 1)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output and the feed-forward output to the residual stream x [..., D]."""
@@ -240,17 +263,14 @@ class Block(nn.Module):
         sources: tuple[KeyValues, ...] = ()
         if prompt is not None:
             query, key, value = self.project(prompt, context.prompt_position_BS)
-            S = prompt.shape[1]
-            visible_BSS = jnp.tril(jnp.ones((S, S), bool))[None] & context.prompt_mask_BS[:, None, :]
-            attended = attend(query[:, None], (KeyValues(key, value, visible_BSS, True),))[:, 0]
-            prompt = self.finish(prompt, attended)
+            prompt = self.finish(prompt, attend_causally(query, key, value, context.prompt_mask_BS))
             computed["prompt"] = (key, value)
             sources = (KeyValues(key, value, context.prompt_mask_BS[:, None, :], True),)
         if cache is not None:
             past = context.past_mask_T[None, None, None, :]
             sources = (
-                KeyValues(cache.prompt_key_LBSKH, cache.prompt_value_LBSKH, context.prompt_mask_BS[:, None, :], True),
-                KeyValues(cache.own_key_LBGTKH, cache.own_value_LBGTKH, past, False),
+                KeyValues(cache.prompt_key_LBKHS, cache.prompt_value_LBKSH, context.prompt_mask_BS[:, None, :], True),
+                KeyValues(cache.own_key_LBKGHT, cache.own_value_LBKGTH, past, False),
             )
         if own is not None:
             query, key, value = self.project(own, context.own_position_BGT)
@@ -295,18 +315,18 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def prefill(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Last hidden state [B, D] of left-padded prompts, and the prompt's keys and values [L, B, S, K, H]."""
+        """Last hidden state [B, D] of left-padded prompts, and their keys and values as a cache holds them."""
         context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
         (hidden, _), computed = self.layers((self.embed_tokens(tokens_BS), None), None, context)
         return self.norm(hidden[:, -1]), *computed["prompt"]
 
     def decode(self, tokens_BG: jax.Array, t: jax.Array, cache: Cache, mask_BS: jax.Array):
-        """Hidden state [B, G, D] after the completions' t-th token, and its keys and values [L, B, G, 1, K, H]."""
+        """Hidden state [B, G, D] after the completions' t-th token, and its keys and values: a cache's with T = 1."""
         position_BGT = (mask_BS.sum(-1)[:, None, None] + t) * jnp.ones_like(tokens_BG)[..., None]
         context = Context(
             prompt_mask_BS=mask_BS,
             own_position_BGT=position_BGT,
-            past_mask_T=jnp.arange(cache.own_key_LBGTKH.shape[3]) < t,
+            past_mask_T=jnp.arange(cache.own_key_LBKGHT.shape[-1]) < t,
         )
         (_, hidden), computed = self.layers((None, self.embed_tokens(tokens_BG[..., None])), cache, context)
         return self.norm(hidden[:, :, 0]), *computed["own"]

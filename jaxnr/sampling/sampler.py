@@ -7,6 +7,7 @@ compiles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -47,9 +48,11 @@ class Completions:
 @flax.struct.dataclass
 class _State:
     t: jax.Array
-    hidden_BGD: jax.Array
-    own_key_LBGTKH: jax.Array
-    own_value_LBGTKH: jax.Array
+    """Tokens chosen so far."""
+    token_BG: jax.Array
+    """The last of them."""
+    own_key_LBKGHT: jax.Array
+    own_value_LBKGTH: jax.Array
     done_BG: jax.Array
     tokens_BGT: jax.Array
     logprobs_BGT: jax.Array
@@ -81,44 +84,50 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
         B, G = keys_BG.shape
         prefilled = model.apply(variables, prompt_BS, prompt_mask_BS, method="prefill")
         hidden_BD, prompt_key, prompt_value = cast(Any, prefilled)
-        L, _, _, K, H = prompt_key.shape
-        own_shape = (L, B, G, max_new_tokens, K, H)
+        L, _, K, H, _ = prompt_key.shape
 
-        def body(state: _State) -> _State:
-            logits = logits_NV(state.hidden_BGD.reshape(B * G, -1), head, vocabulary_size)
+        def extend(state: _State, hidden_BGD: jax.Array) -> _State:
+            """The state after choosing the t-th token of every completion that has not ended."""
+            logits = logits_NV(hidden_BGD.reshape(B * G, -1), head, vocabulary_size)
             uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.t)))(keys_BG.reshape(-1))
             token, logprob = choose(logits, uniforms, settings)
             live = ~state.done_BG
             token = jnp.where(live, token.reshape(B, G), pad_id)
             logprob = jnp.where(live, logprob.reshape(B, G), 0.0)
-            cache = Cache(prompt_key, prompt_value, state.own_key_LBGTKH, state.own_value_LBGTKH)
-            decoded = model.apply(variables, token, state.t, cache, prompt_mask_BS, method="decode")
-            hidden, key, value = cast(Any, decoded)
-            return _State(
+            return dataclasses.replace(
+                state,
                 t=state.t + 1,
-                hidden_BGD=hidden,
-                own_key_LBGTKH=jax.lax.dynamic_update_slice_in_dim(state.own_key_LBGTKH, key, state.t, axis=3),
-                own_value_LBGTKH=jax.lax.dynamic_update_slice_in_dim(state.own_value_LBGTKH, value, state.t, axis=3),
+                token_BG=token,
                 done_BG=state.done_BG | (live & jnp.isin(token, stop_ids)),
                 tokens_BGT=state.tokens_BGT.at[:, :, state.t].set(token),
                 logprobs_BGT=state.logprobs_BGT.at[:, :, state.t].set(logprob),
                 mask_BGT=state.mask_BGT.at[:, :, state.t].set(live),
             )
 
-        state = jax.lax.while_loop(
-            lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done_BG),
-            body,
-            _State(
-                t=jnp.int32(0),
-                hidden_BGD=jnp.broadcast_to(hidden_BD[:, None], (B, G, hidden_BD.shape[-1])),
-                own_key_LBGTKH=jnp.zeros(own_shape, prompt_key.dtype),
-                own_value_LBGTKH=jnp.zeros(own_shape, prompt_value.dtype),
-                done_BG=jnp.zeros((B, G), bool),
-                tokens_BGT=jnp.full((B, G, max_new_tokens), pad_id, jnp.int32),
-                logprobs_BGT=jnp.zeros((B, G, max_new_tokens), jnp.float32),
-                mask_BGT=jnp.zeros((B, G, max_new_tokens), bool),
-            ),
+        def body(state: _State) -> _State:
+            place = state.t - 1  # of the token that is decoded
+            cache = Cache(prompt_key, prompt_value, state.own_key_LBKGHT, state.own_value_LBKGTH)
+            decoded = model.apply(variables, state.token_BG, place, cache, prompt_mask_BS, method="decode")
+            hidden_BGD, key, value = cast(Any, decoded)
+            state = dataclasses.replace(
+                state,
+                own_key_LBKGHT=jax.lax.dynamic_update_slice_in_dim(state.own_key_LBKGHT, key, place, axis=5),
+                own_value_LBKGTH=jax.lax.dynamic_update_slice_in_dim(state.own_value_LBKGTH, value, place, axis=4),
+            )
+            return extend(state, hidden_BGD)
+
+        empty = _State(
+            t=jnp.int32(0),
+            token_BG=jnp.full((B, G), pad_id, jnp.int32),
+            own_key_LBKGHT=jnp.zeros((L, B, K, G, H, max_new_tokens), prompt_key.dtype),
+            own_value_LBKGTH=jnp.zeros((L, B, K, G, max_new_tokens, H), prompt_value.dtype),
+            done_BG=jnp.zeros((B, G), bool),
+            tokens_BGT=jnp.full((B, G, max_new_tokens), pad_id, jnp.int32),
+            logprobs_BGT=jnp.zeros((B, G, max_new_tokens), jnp.float32),
+            mask_BGT=jnp.zeros((B, G, max_new_tokens), bool),
         )
+        first = extend(empty, jnp.broadcast_to(hidden_BD[:, None], (B, G, hidden_BD.shape[-1])))
+        state = jax.lax.while_loop(lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done_BG), body, first)
         return Completions(state.tokens_BGT, state.logprobs_BGT, state.mask_BGT, ~state.done_BG)
 
     return jax.jit(sample)

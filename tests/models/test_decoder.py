@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from tiny import TINY, UNOPTIMISED, left_padded, random_params, relative_gap, tiny_decoder
 
-from jaxnr.models.decoder import Cache, Decoder, DecoderConfig, head_VD, init_params, parameter_count
+from jaxnr.models.decoder import (
+    Cache,
+    Decoder,
+    DecoderConfig,
+    KeyValues,
+    attend,
+    attend_causally,
+    head_VD,
+    init_params,
+    parameter_count,
+)
 from jaxnr.training.losses import token_logprobs
 
 MODEL = tiny_decoder()
@@ -113,6 +123,34 @@ def test_shared_prompts_give_the_loss_and_gradients_of_the_flattened_batch(T):
     assert relative_gap(shared_result, flattened_result) < 1e-5
 
 
+def test_a_long_prompt_in_chunks_of_queries_gives_the_attention_and_gradients_of_the_whole():
+    B, S, N, K, H = 2, 300, 4, 2, 8
+    rng = np.random.default_rng(0)
+    query, key, value, weight = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, S, N, H), (B, K, H, S), (B, K, S, H), (B, S, N, H))
+    )
+    _, mask_BS = left_padded([300, 170], S)  # the first chunk of the second row is padding alone
+
+    def whole(query, key, value):
+        visible = np.tril(np.ones((S, S), bool))[None] & mask_BS[:, None]
+        return attend(query[:, None], (KeyValues(key, value, jnp.asarray(visible), True),))[:, 0]
+
+    def loss(attended, *arrays):
+        return jnp.sum(weight * jnp.where(mask_BS[..., None, None], attended(*arrays), 0.0))
+
+    def chunked(query, key, value):
+        return attend_causally(query, key, value, jnp.asarray(mask_BS))
+
+    actual, expected = (
+        quick_jit(jax.value_and_grad(partial(loss, attended), argnums=(0, 1, 2)))(query, key, value)
+        for attended in (chunked, whole)
+    )
+    assert relative_gap(actual, expected) < 1e-5
+    scores = [line for line in jax.jit(chunked).lower(query, key, value).as_text().splitlines() if "x300x300x" in line]
+    assert not scores  # what no query may see is not computed
+
+
 def test_decoding_with_the_cache_gives_the_full_forward_pass():
     prompt_BS, mask_BS, completion_BGT = shared_batch()
     B, G, T = completion_BGT.shape
@@ -121,14 +159,14 @@ def test_decoding_with_the_cache_gives_the_full_forward_pass():
     prefill = quick_jit(lambda *arrays: MODEL.apply(variables, *arrays, method="prefill"))
     hidden_BD, key, value = prefill(prompt_BS, mask_BS)
     c = TINY
-    own_key = np.zeros((c.num_hidden_layers, B, G, T, c.num_key_value_heads, c.head_dim), np.float32)
-    own_value = own_key.copy()
+    own_key = np.zeros((c.num_hidden_layers, B, c.num_key_value_heads, G, c.head_dim, T), np.float32)
+    own_value = own_key.swapaxes(-1, -2).copy()
     assert relative_gap(np.broadcast_to(hidden_BD[:, None], (B, G, c.hidden_size)), expected[:, :, 0]) < 1e-5
     decode = quick_jit(lambda *arrays: MODEL.apply(variables, *arrays, method="decode"))
     for t in range(T - 1):
         cache = Cache(key, value, jnp.asarray(own_key), jnp.asarray(own_value))
         hidden_BGD, new_key, new_value = decode(completion_BGT[:, :, t], t, cache, mask_BS)
-        own_key[:, :, :, t], own_value[:, :, :, t] = new_key[:, :, :, 0], new_value[:, :, :, 0]
+        own_key[..., t], own_value[..., t, :] = new_key[..., 0], new_value[..., 0, :]
         assert relative_gap(hidden_BGD, expected[:, :, t + 1]) < 1e-5
 
 
