@@ -89,7 +89,7 @@ def test_pretrained_models_of_other_embedding_sizes_walk_the_road_without_a_warm
     before, after = (road.trained_params(policy, stage) for stage in ("warm_start_teacher", "grpo"))
     then = traverse_util.flatten_dict(after)
     changed = {path[-1] for path, leaf in traverse_util.flatten_dict(before).items() if (leaf != then[path]).any()}
-    assert changed == {"lora_a", "lora_b"}
+    assert {"lora_b"} <= changed <= {"lora_a", "lora_b"}  # A has no gradient before B has left zero
     assert jax.tree.all(
         jax.tree.map(
             lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()),
