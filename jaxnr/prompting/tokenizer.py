@@ -157,8 +157,10 @@ def read_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         # transformers would make an empty tokenizer of the kind that config.json names.
         raise InputError(f"{folder}: expected a tokenizer there, in one of {', '.join(_TOKENIZER_FILES)}.")
+    # For some kinds of models AutoTokenizer takes the vocabulary alone from tokenizer.json and makes up the rest.
+    old = folder.is_dir() and not (folder / "tokenizer.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        return (AutoTokenizer if old else PreTrainedTokenizerFast).from_pretrained(str(name_or_path))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{name_or_path}: not a tokenizer in the Hugging Face layout (a folder with tokenizer.json and "
