@@ -190,6 +190,30 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Measure how many users a second a run's teacher and student serve on this machine."""
+
+    what: Annotated[tyro.conf.Positional[Literal["serve"]], tyro.conf.arg(name="WHAT", metavar="serve")]
+    """`serve`: from prompts to merged rankings."""
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run whose students have been trained."""
+    users: int = 64
+    """Test users to serve."""
+    best_of: int = 32
+    """Lists a user, where the best of several is served."""
+    repeats: int = 3
+    """Times that each way is measured; the median is shown."""
+
+    def __call__(self) -> None:
+        if min(self.users, self.repeats) < 1 or self.best_of < 2:
+            raise InputError("benchmark needs --users and --repeats of 1 at least, and --best-of of 2 at least.")
+        _require_run(self.run_dir)
+        from jaxnr.benchmark import benchmark_serving
+
+        benchmark_serving(self.run_dir, self.users, self.best_of, self.repeats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Write report.html again from a run's results, and print the table."""
 
@@ -209,7 +233,7 @@ class Report:
         Console().print(console_table(results))
 
 
-Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Export | Report
+Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Export | Benchmark | Report
 
 _ABOUT = "From what a person searches, browses and reads to news search queries, and from those to news."
 _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
