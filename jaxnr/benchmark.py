@@ -27,7 +27,7 @@ def benchmark_serving(run_dir: Path, users: int, best_of: int, repeats: int) -> 
     """Prints and returns, for each model, users a second from prompt to merged ranking: medians of ``repeats``.
 
     ``one list``: one list a user. ``best of N``: N lists of one prefill, all retrieved for, the best by reward kept.
-    ``N calls``: the same N lists, each by a call with its own prefill. The first ``users`` test users are served, in
+    ``N calls``: as many lists, each by a call with its own prefill. The first ``users`` test users are served, in
     batches of ``evaluation.prompts_per_step``, after a pass to compile.
     """
     road = Road.open(load_config(run_dir / "config.toml"), run_dir)
