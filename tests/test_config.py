@@ -179,6 +179,7 @@ def test_defaults_are_valid():
         ("distill.temperature", 0.0),
         ("warm_start.steps", 0),
         ("evaluation.best_of_n", (1, 4, 2)),
+        ("evaluation.best_of_n", ()),
         ("mesh.fsdp", 0),
         ("mesh.fsdp", -1),
     ],
