@@ -246,8 +246,8 @@ class Config:
     """One run of the whole road."""
 
     seed: int = 0
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints; a killed run loses at most so many."""
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -151,6 +151,12 @@ def test_defaults_are_valid():
     validate(Config())
 
 
+def test_by_default_every_training_stage_has_a_checkpoint_before_its_last_step():
+    config = Config()
+    for stage in (config.warm_start, config.grpo, config.supervised, config.distill):
+        assert config.checkpoint_every < stage.steps
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
