@@ -130,16 +130,17 @@ class Road:
         state: TrainState,
         step: Callable,
         *,
+        section: str,
         steps: int,
-        prompts: int,
         source: Sequence[Example] | None = None,
         **options,
     ) -> TrainState:
-        """The host loop over this run's training prompts, or over ``source``."""
+        """The host loop over this run's training prompts, or over ``source``, in batches as ``section`` has them."""
         seed = self.config.seed + sum(map(ord, stage))  # every stage sees its own order
         batches = training_batches(
             self.examples["train"] if source is None else source,
-            batch_size=prompts,
+            batch_size=getattr(self.config, section).prompts_per_step,
+            batch_size_key=f"{section}.prompts_per_step",
             seed=seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -197,8 +198,7 @@ def warm_start(road: Road) -> None:
             f"warm_start_{shape}",
             policy,
             params,
-            config,
-            config.steps,
+            "warm_start",
             warm_start_batches(policy, config.group_size, road.config.seed, words, reading_steps=config.steps * 2 // 3),
             source=train,
         )
@@ -245,8 +245,8 @@ def reinforce(
         stage,
         state,
         step,
+        section="grpo",
         steps=steps,
-        prompts=config.prompts_per_step,
         validate=lambda params: recall_at_10(road, policy, params),
         validate_every=config.validate_every,
     )
@@ -282,8 +282,7 @@ def distill_student(road: Road) -> None:
         )
 
     untrained = road.trained_params(student, "warm_start_student")
-    supervised = config.supervised
-    state = supervise(road, "supervised", student, untrained, supervised, supervised.steps, imitate, source=imitable)
+    state = supervise(road, "supervised", student, untrained, "supervised", imitate, source=imitable)
     distill_on_policy(road, student, state.params, teacher, teacher_params)
 
 
@@ -300,7 +299,7 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
         rollout = road.roll_out(student, state.params, examples, config.group_size, config.temperature, index)
         return update(state, teacher_params, rollout.batch)
 
-    road.train("distill", state, step, steps=config.steps, prompts=config.prompts_per_step)
+    road.train("distill", state, step, section="distill", steps=config.steps)
 
 
 def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[tuple[str, ...]]]:
@@ -330,20 +329,23 @@ def supervise(
     stage: str,
     policy: Policy,
     params: dict,
-    config: SftConfig,
-    steps: int,
+    section: str,
     make_batch: Callable[[Sequence[Example], int], Batch],
     source: Sequence[Example],
 ) -> TrainState:
-    """One supervised stage from ``params``; ``make_batch(examples, step)`` says what is imitated."""
-    optimizer = make_optimizer(config.optimizer, steps)
+    """One supervised stage from ``params``, with the settings of ``section`` ("warm_start" or "supervised").
+
+    ``make_batch(examples, step)`` says what is imitated.
+    """
+    config: SftConfig = getattr(road.config, section)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     state = create_state(params, optimizer, road.mesh)
     update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         return update(state, make_batch(examples, index))
 
-    return road.train(stage, state, step, steps=steps, prompts=config.prompts_per_step, source=source)
+    return road.train(stage, state, step, section=section, steps=config.steps, source=source)
 
 
 _RUN = {"sft": warm_start, "grpo": train_teacher, "distill": distill_student, "evaluate": evaluate}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.compute as pc
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxnr.config import Config, PromptConfig
 from jaxnr.data.dataset import prepare as write_examples
 from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
+from jaxnr.data.pipeline import check_batches
 from jaxnr.data.readers import read_tables
 from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
@@ -39,11 +41,17 @@ SPLITS = ("train", "valid", "test")
 def prepare_data(config: Config, out: Path) -> None:
     """Writes under ``out``: data/ (tables, examples, report.json), truth/ (generated world only), tokenizer/.
 
-    Everything that is fitted sees only what is dated before the validation window.
+    Everything that is fitted sees only what is dated before the validation window. Raises InputError where there are
+    fewer training prompts than a step of a later stage takes.
     """
     tables, reader = _tables(config, out)
     tables.save(out / "data")
     splits = build_examples(tables, config.data, config.seed)
+    sizes = {
+        f"{section}.prompts_per_step": getattr(config, section).prompts_per_step
+        for section in ("warm_start", "grpo", "supervised", "distill")
+    }
+    check_batches(len(splits.train), jax.process_count(), sizes)
     write_examples(splits, out / "data" / "examples")
     t1, t2 = split_times(tables, config.data)
     texts = known_texts(tables, splits.train, t1)

@@ -24,6 +24,7 @@ from jaxnr.data.prepare import (
 )
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
+from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
 from jaxnr.prompting.prompt import as_shown, encode_prompt
 from jaxnr.prompting.tokenizer import load_tokenizer
@@ -78,6 +79,18 @@ def prepare(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(prepare):
     return prepare()
+
+
+def test_steps_that_take_more_prompts_than_there_are_stop_the_data_stage(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxnr.data.prepare, "generate_world", lambda seed: world)
+    large = {
+        name: dataclasses.replace(getattr(CONFIG, name), prompts_per_step=size)
+        for name, size in (("grpo", 5000), ("distill", 6000))
+    }
+    wanted = r"\d+ examples.*5000 \(`grpo\.prompts_per_step`\), 6000 \(`distill\.prompts_per_step`\): lower"
+    with pytest.raises(InputError, match=wanted):
+        prepare_data(dataclasses.replace(CONFIG, **large), tmp_path)
+    assert not (tmp_path / "tokenizer").exists()  # noticed before anything is fitted
 
 
 def fitted(folder):
