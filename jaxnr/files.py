@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from jaxnr.errors import InputError
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -28,3 +30,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path, expected: str, kind: type = dict) -> Any:
+    """A JSON object (or list, by ``kind``). Raises InputError naming the file, and what was ``expected`` there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: expected {expected} ({reason}).") from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: expected {expected}: a JSON {kind.__name__}, found a {type(content).__name__}.")
+    return content

@@ -26,7 +26,7 @@ from jaxnr.data.prepare import known_texts, known_words, open_rewards, prepare_d
 from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
-from jaxnr.files import write_json_lines, write_text
+from jaxnr.files import read_json, write_json_lines, write_text
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.progress import progress
@@ -109,7 +109,7 @@ class Road:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage before this one took in the process that ended it."""
         markers = {stage: self.out / "done" / f"{stage}.json" for stage in STAGES}
-        return {stage: json.loads(path.read_text())["seconds"] for stage, path in markers.items() if path.exists()}
+        return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
         """The parameters that a training stage ended with."""
@@ -172,6 +172,14 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
         else:
             _RUN[stage](Road.open(config, out))
         write_text(marker, json.dumps({"seconds": round(time.monotonic() - started, 3)}))
+
+
+def _read_seconds(path: Path, stage: str) -> float:
+    expected = f"the seconds that a stage took; delete the file, and `jaxnr {stage} CONFIG --resume` writes it again"
+    seconds = read_json(path, expected).get("seconds")
+    if not isinstance(seconds, int | float):
+        raise InputError(f"{path}: expected {expected} (`seconds` is {seconds!r}).")
+    return seconds
 
 
 def warm_start(road: Road) -> None:
@@ -319,9 +327,14 @@ def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[t
                     rows.append({"example_id": example.example_id, "lists": queries})
                 bar.advance({}, len(chunk.examples))
         write_json_lines(path, rows)
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the teacher's lists; delete the file, and `jaxnr distill CONFIG --resume` samples them "
+            f"again ({error!r})."
+        ) from error
 
 
 def supervise(

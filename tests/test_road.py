@@ -16,10 +16,12 @@ from tiny_run import CONFIG, finished_run, tiny_surroundings
 import jaxnr.road
 from jaxnr import cli
 from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
+from jaxnr.data.prepare import read_report
+from jaxnr.errors import InputError
 from jaxnr.evaluation.run import MODELS
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
-from jaxnr.road import STAGES, Road, run_stages
+from jaxnr.road import STAGES, Road, run_stages, teacher_lists
 from jaxnr.training.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
@@ -181,6 +183,43 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypat
         assert 0 <= after[0][changed] <= 1
     assert (before[1]["loss"] == after[1]["loss"]) == second  # what training does not see changes nothing
     assert after[1]["reward/failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [
+        ("data/report.json", "jaxnr data CONFIG --resume"),
+        ("retrieval/calibration.json", "jaxnr data CONFIG --resume"),
+        ("retrieval/articles.safetensors", "jaxnr data CONFIG --resume"),
+        ("done/grpo.json", "jaxnr grpo CONFIG --resume"),
+        ("teacher_lists.jsonl", "jaxnr distill CONFIG --resume"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_stage_that_writes_it_again(copy, surroundings, name, again):
+    def read_everything():
+        road = Road.open(CONFIG, copy)
+        assert read_report(copy)["users"]
+        assert set(road.seconds()) == set(STAGES)
+        assert teacher_lists(road, road.policy("teacher"), {})
+
+    read_everything()
+    whole = (copy / name).read_bytes()
+    others = [b"{}\n"] if name.endswith((".json", ".jsonl")) else []
+    for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole[1:], *others):
+        if name == "teacher_lists.jsonl" and not damaged:
+            continue  # no lists: distillation says that there are too few
+        (copy / name).write_bytes(damaged)
+        with pytest.raises(InputError) as caught:
+            read_everything()
+        assert str(caught.value).startswith(f"{copy / name}: ")
+        assert again in str(caught.value)
+
+
+def test_evaluation_stops_at_a_damaged_report_before_it_samples(copy, surroundings, monkeypatch):
+    (copy / "data" / "report.json").write_text('{"users": {"tra')
+    monkeypatch.setattr("jaxnr.evaluation.run.plain_rankings", lambda *_: pytest.fail("measured something"))
+    with pytest.raises(InputError, match=r"report\.json: expected the report of the data stage"):
+        run_stages(CONFIG, copy, ("evaluate",))
 
 
 def grpo_params(folder):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pyarrow.compute as pc
 from jax.sharding import Mesh
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,8 @@ from jaxnr.data.pipeline import check_batches
 from jaxnr.data.readers import read_tables
 from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
-from jaxnr.files import write_text
+from jaxnr.errors import InputError
+from jaxnr.files import read_json, write_text
 from jaxnr.models.weights import model_folder
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_prompt, render_signals
@@ -36,6 +37,8 @@ from jaxnr.rewards.rubric import FACET_WORDS, Calibration, calibrate
 from jaxnr.rewards.specificity import TermStatistics, telling_words
 
 SPLITS = ("train", "valid", "test")
+
+_AGAIN = "which `jaxnr data CONFIG --resume` writes again once done/data.json is deleted"
 
 
 def prepare_data(config: Config, out: Path) -> None:
@@ -115,8 +118,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         embedder = TfidfSvdEmbedder.load(folder)
     else:
         embedder = load_embedder(config.retrieval, (), config.seed)
-    with safe_open(folder / "articles.safetensors", framework="numpy") as file:
-        embeddings_IE = file.get_tensor("embeddings")
+    embeddings_IE = _read_embeddings(folder / "articles.safetensors")
     times = (tables.articles[name].cast("int64") for name in ("published_at", "expires_at"))
     published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
     return RewardModel(
@@ -126,10 +128,37 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         articles_IE=embeddings_IE,
         statistics=TermStatistics.load(folder / "terms.json"),
         signal_terms=TermStatistics.load(folder / "signal_terms.json"),
-        calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
+        calibration=_read_calibration(folder / "calibration.json"),
         config=config,
         judge=judge_of(config.judge, out, mesh),
     )
+
+
+def _read_embeddings(path: Path) -> np.ndarray:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor("embeddings")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: expected the embedded articles, {_AGAIN} ({error}).") from error
+
+
+def _read_calibration(path: Path) -> Calibration:
+    expected = f"the calibration of the judge, {_AGAIN}"
+    content = read_json(path, expected)
+    try:
+        return Calibration(background=float(content["background"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected {expected} ({error!r}).") from error
+
+
+def read_report(out: Path) -> dict:
+    """What the data stage counted. Raises InputError where its report.json is missing or damaged."""
+    path = out / "data" / "report.json"
+    expected = f"the report of the data stage, {_AGAIN}"
+    report = read_json(path, expected)
+    if missing := {"users", "clicks"} - report.keys():
+        raise InputError(f"{path}: expected {expected} (no {min(missing)} in it).")
+    return report
 
 
 def embed_unique(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxnr.config import SecondJudgeConfig
 from jaxnr.data.examples import Example
+from jaxnr.data.prepare import read_report
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
 from jaxnr.evaluation.beyond_accuracy import beyond_accuracy
@@ -109,6 +110,7 @@ def evaluate(road: Road) -> None:
     """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table."""
     started = time.monotonic()
     config = road.config.evaluation
+    report, seconds = read_report(road.out), road.seconds()
     examples = list(road.examples["test"])
     relevant = [example.relevant for example in examples]
     plain = plain_rankings(road, examples)
@@ -133,7 +135,7 @@ def evaluate(road: Road) -> None:
             if name in ("teacher", "student_on_policy"):
                 throughput[f"{shape}_users_per_s"] = users_per_second(road, policy, params, examples)
             bar.advance({"recall@10": per_user[name]["recall@10"].mean()})
-    results = assemble(road, per_user, best, sampled, throughput)
+    results = assemble(road, report, per_user, best, sampled, throughput)
     rankings = {name: [[ranking] for ranking in rankings_U] for name, rankings_U in plain.items()}
     rankings |= {name: sample.rankings_US for name, sample in sampled.items()}
     results["beyond_accuracy"] = {
@@ -144,7 +146,7 @@ def evaluate(road: Road) -> None:
     }
     results["slices"] = {"cold": cold_users(road, examples, per_user)}
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
-    results["seconds"] = {**road.seconds(), "evaluate": round(time.monotonic() - started, 3)}
+    results["seconds"] = {**seconds, "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
@@ -205,14 +207,14 @@ def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Ex
 
 def assemble(
     road: Road,
+    report: dict,
     per_user: dict[str, dict[str, np.ndarray]],
     best: dict[int, dict[str, np.ndarray]],
     sampled: dict[str, Sampled],
     throughput: dict[str, float],
 ) -> dict:
-    """The content of ``results.json``."""
+    """The content of ``results.json``; ``report`` is that of the data stage."""
     config = road.config.evaluation
-    report = json.loads((road.out / "data" / "report.json").read_text())
 
     def intervals(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         return {
