@@ -57,6 +57,16 @@ UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, 
 
 STAGES = ("data", "sft", "grpo", "distill", "evaluate")
 
+_STAGE_OF = {
+    "warm_start_teacher": "sft",
+    "warm_start_student": "sft",
+    "grpo": "grpo",
+    "grpo_uniform": "grpo",
+    "supervised": "distill",
+    "distill": "distill",
+}
+"""Training stage, by whose name its checkpoints go, to the stage of the road that it belongs to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Road:
@@ -100,10 +110,7 @@ class Road:
 
     def has_trained(self, stage: str) -> bool:
         """Whether a training stage has left a checkpoint."""
-        folder = self.out / "checkpoints" / stage
-        if not folder.is_dir():
-            return False
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
             return checkpoints.latest_step() is not None
 
     def seconds(self) -> dict[str, float]:
@@ -112,7 +119,12 @@ class Road:
         return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
-        """The parameters that a training stage ended with."""
+        """The parameters that a training stage ended with. Raises InputError, naming its command, where it has none."""
+        if not self.has_trained(stage):
+            raise InputError(
+                f"{self.out}: there is no model of the training stage {stage} yet; "
+                f"`jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}` has to run first."
+            )
         params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
             return checkpoints.restore_params(abstract_on(params, self.mesh))
@@ -171,6 +183,7 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
             prepare_data(config, out)
         else:
             _RUN[stage](Road.open(config, out))
+        (out / "done" / "evaluate.json").unlink(missing_ok=True)  # what was measured is no longer all that there is
         write_text(marker, json.dumps({"seconds": round(time.monotonic() - started, 3)}))
 
 

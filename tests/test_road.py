@@ -185,6 +185,61 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypat
     assert after[1]["reward/failed"] == 0
 
 
+def remove_training(folder, *stages):
+    for stage in stages:
+        shutil.rmtree(folder / "checkpoints" / stage)
+    (folder / "results.json").unlink()
+
+
+def test_evaluation_after_the_warm_start_measures_what_is_there(copy, surroundings):
+    remove_training(copy, "grpo", "grpo_uniform", "supervised", "distill")
+    run_stages(CONFIG, copy, ("evaluate",))
+    results = json.loads((copy / "results.json").read_text())
+    plain = {"popularity", "recent", "signals", "content"}
+    assert set(results["offline"]) == plain | {"prompt_only", "student_untrained"}
+    assert results["comparisons"] == []
+    assert results["best_of_n"] == results["throughput"] == {}
+    showcase = json.loads((copy / "showcase.json").read_text(encoding="utf-8"))
+    assert all(user["lists"].keys() == user["articles"].keys() == {"prompt_only"} for user in showcase)
+    assert "Prompt only" in (copy / "report.html").read_text(encoding="utf-8")
+    assert not (copy / "checkpoints" / "grpo").exists()
+
+
+def test_evaluation_before_distillation_compares_the_teacher(copy, surroundings):
+    remove_training(copy, "supervised", "distill")
+    run_stages(CONFIG, copy, ("evaluate",))
+    results = json.loads((copy / "results.json").read_text())
+    assert set(results["best_of_n"]) == {"1", "2"}
+    assert results["throughput"].keys() == {"teacher_users_per_s"}
+    assert {pair["b"] for pair in results["comparisons"]} == results["offline"].keys() - {"teacher"}
+    assert {pair["a"] for pair in results["comparisons"]} == {"teacher"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "first"),
+    [
+        ("evaluate", MODELS, "jaxnr sft CONFIG"),
+        ("grpo", MODELS, "jaxnr sft CONFIG"),
+        ("distill", ["teacher"], "jaxnr grpo CONFIG"),
+    ],
+)
+def test_a_stage_that_is_too_early_names_the_one_to_run_first(copy, surroundings, stage, missing, first):
+    remove_training(copy, *(MODELS[name][1] for name in missing))
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(InputError, match=first):
+        run_stages(CONFIG, copy, (stage,))
+    assert set(copy.rglob("*")) <= set(before)  # no empty folder of checkpoints
+
+
+def test_an_evaluation_is_not_passed_over_when_a_stage_has_run_after_it(copy, surroundings, monkeypatch):
+    ran = []
+    for stage in STAGES[1:]:
+        monkeypatch.setitem(jaxnr.road._RUN, stage, lambda road, stage=stage: ran.append(stage))
+    (copy / "done" / "distill.json").unlink()
+    run_stages(CONFIG, copy, STAGES, resume=True)
+    assert ran == ["distill", "evaluate"]
+
+
 @pytest.mark.parametrize(
     ("name", "again"),
     [

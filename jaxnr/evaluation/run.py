@@ -16,6 +16,7 @@ from rich.console import Console
 from jaxnr.config import SecondJudgeConfig
 from jaxnr.data.examples import Example
 from jaxnr.data.prepare import read_report
+from jaxnr.errors import InputError
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
 from jaxnr.evaluation.beyond_accuracy import beyond_accuracy
@@ -107,16 +108,24 @@ def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
 
 
 def evaluate(road: Road) -> None:
-    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table."""
+    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table.
+
+    Models that have not been trained yet are left out. Raises InputError where none has been.
+    """
     started = time.monotonic()
     config = road.config.evaluation
     report, seconds = read_report(road.out), road.seconds()
+    models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
+    if not models:
+        raise InputError(
+            f"{road.out}: there is no model to evaluate yet; the warm start, `jaxnr sft CONFIG --out {road.out}`, has "
+            "to run first."
+        )
     examples = list(road.examples["test"])
     relevant = [example.relevant for example in examples]
     plain = plain_rankings(road, examples)
     per_user = {name: evaluate_rankings(rankings, relevant) for name, rankings in plain.items()}
     sampled, throughput, best, merges = {}, {}, {}, {}
-    models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
     with progress("evaluate", len(models)) as bar:
         for name, (shape, stage) in models.items():
             policy = road.policy(shape)
@@ -224,6 +233,7 @@ def assemble(
     others = [name for name in per_user if name != "teacher"]
     students = ("student_on_policy", "student_supervised", "student_untrained")
     pairs = [("teacher", other) for other in others] + list(itertools.pairwise(students))
+    pairs = [pair for pair in pairs if per_user.keys() >= set(pair)]
     return {
         "seed": road.config.seed,
         "users": report["users"],
@@ -259,7 +269,7 @@ def cold_users(road: Road, examples: list[Example], per_user: dict[str, dict[str
 
 def show(road: Road, examples: list[Example], sampled: dict[str, Sampled]) -> list[dict]:
     """Some users with their signals, the lists of three models side by side, and the articles retrieved."""
-    shown = ("prompt_only", "teacher", "student_on_policy")
+    shown = [name for name in ("prompt_only", "teacher", "student_on_policy") if name in sampled]
     titles = dict(
         zip(road.tables.articles["item_id"].to_pylist(), road.tables.articles["title"].to_pylist(), strict=True)
     )
