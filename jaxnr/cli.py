@@ -106,6 +106,7 @@ class Generate:
     events: Path | None = None
     """Or one user's events, as JSON lines with `user_id`, `timestamp`, `domain` and `text`."""
     model: Literal["teacher", "student"] = "student"
+    """Which of the run's models writes."""
     samples: int = 1
     """Lists to sample."""
     index: Path | None = None

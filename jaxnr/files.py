@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,6 +31,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def without_nan(value: Any) -> Any:
+    """Nested dicts and lists with None for every number that is not finite: JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, expected: str, kind: type = dict) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxnr import config_rules
-from jaxnr.config import Config, ModelConfig, flatten, load_config, save_config, to_toml
+from jaxnr.config import Config, ModelConfig, _field_docstrings, flatten, load_config, save_config, to_toml
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError
 
@@ -145,6 +145,19 @@ def test_unreadable_files_are_input_errors(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
         load_config(tmp_path / "binary.toml")
+
+
+def test_every_setting_has_a_help_text():
+    def undocumented(section, prefix=""):
+        notes = {name for kind in type(section).__mro__[:-1] for name in _field_docstrings(kind)}
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):  # tables have the docstring of their class
+                yield from undocumented(value, f"{prefix}{field.name}.")
+            elif field.name not in notes:
+                yield prefix + field.name
+
+    assert list(undocumented(Config())) == []
 
 
 def test_defaults_are_valid():

@@ -13,6 +13,7 @@ import pytest
 from tiny import random_params, tiny_decoder
 from tiny_run import CONFIG, finished_run, tiny_surroundings
 
+import jaxnr
 import jaxnr.road
 from jaxnr import cli
 from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
@@ -74,6 +75,7 @@ def test_results_have_the_promised_keys(results):
     assert results["judges"] == {"training": "similarity", "second": "word_overlap"}
     assert all(results["throughput"][f"{shape}_users_per_s"] > 0 for shape in ("teacher", "student"))
     assert results["environment"].keys() >= {"jax", "device_kind", "device_count"}
+    assert results["environment"]["jaxnr"] == jaxnr.__version__
 
 
 def test_results_say_how_long_it_took(results):
@@ -229,6 +231,16 @@ def test_a_stage_that_is_too_early_names_the_one_to_run_first(copy, surroundings
     with pytest.raises(InputError, match=first):
         run_stages(CONFIG, copy, (stage,))
     assert set(copy.rglob("*")) <= set(before)  # no empty folder of checkpoints
+
+
+def test_what_has_no_value_is_null_in_the_results(copy, surroundings, monkeypatch):
+    remove_training(copy, "warm_start_student", "grpo", "grpo_uniform", "supervised", "distill")
+    nothing = {"diversity": float("nan"), "age_hours": float("nan")}
+    monkeypatch.setattr("jaxnr.evaluation.run.beyond_accuracy", lambda *_: nothing)
+    run_stages(CONFIG, copy, ("evaluate",))
+    text = (copy / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["beyond_accuracy"]["prompt_only"] == dict.fromkeys(nothing)
 
 
 def test_an_evaluation_is_not_passed_over_when_a_stage_has_run_after_it(copy, surroundings, monkeypatch):

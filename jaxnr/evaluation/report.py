@@ -172,7 +172,7 @@ def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested mappings as rows (dotted name, text)."""
     if isinstance(value, Mapping):
         return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}" if name else str(key))]
-    return [(name, _number(value) if is_number(value) else str(value))]
+    return [(name, _number(value) if is_number(value) or value is None else str(value))]
 
 
 def _showcase_user(user: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxnr import __version__
 from jaxnr.config import SecondJudgeConfig
 from jaxnr.data.examples import Example
 from jaxnr.data.prepare import read_report
@@ -24,7 +25,7 @@ from jaxnr.evaluation.merging import MERGES, to_item_ids
 from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_samples
 from jaxnr.evaluation.report import console_table, write_report
 from jaxnr.evaluation.significance import compare, mean_interval
-from jaxnr.files import write_text
+from jaxnr.files import without_nan, write_text
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.composite import Retrieved
@@ -157,9 +158,10 @@ def evaluate(road: Road) -> None:
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
     results["seconds"] = {**seconds, "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
+    results = without_nan(results)
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
-    write_text(road.out / "results.json", json.dumps(results, indent=2))
+    write_text(road.out / "results.json", json.dumps(results, indent=2, allow_nan=False))
     write_report(road.out / "report.html", results, read_metrics(road.out / "metrics.jsonl"), showcase)
     Console().print(console_table(results))
 
@@ -247,6 +249,7 @@ def assemble(
         "judges": {"training": road.config.judge.kind, "second": road.config.second_judge.kind},
         "throughput": throughput,
         "environment": {
+            "jaxnr": __version__,
             "jax": jax.__version__,
             "device_kind": jax.devices()[0].device_kind,
             "device_count": jax.device_count(),
