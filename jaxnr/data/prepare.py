@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pyarrow.compute as pc
 from jax.sharding import Mesh
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
@@ -74,11 +75,13 @@ def prepare_data(config: Config, out: Path) -> None:
 
 
 def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
+    """The tables, and what the reader counted, which is printed too; the generated world has no reader."""
     if config.data.format == "synthetic":
         world = generate_world(config.seed)
         world.truth.save(out / "truth")
         return world.tables, {}
     tables, report = read_tables(config.data)
+    Console().print(f"{config.data.path}: {report.counts()}", markup=False, highlight=False, soft_wrap=True)
     return tables, report.as_dict()
 
 

@@ -81,6 +81,25 @@ def prepared(prepare):
     return prepare()
 
 
+def test_a_real_format_tells_what_became_of_its_rows(world, tmp_path, capsys):
+    (tmp_path / "[data]").mkdir()
+    world.tables.save(tmp_path / "[data]")
+    events = (tmp_path / "[data]" / "events.parquet").resolve()
+    broken = world.tables.events.slice(0, 3).to_pylist()
+    broken = pa.Table.from_pylist([row | {"domain": "tv"} for row in broken], world.tables.events.schema)
+    pq.write_table(pa.concat_tables([world.tables.events, broken]), events)
+    data = dataclasses.replace(CONFIG.data, format="events", path=str(tmp_path / "[data]"))
+    prepare_data(dataclasses.replace(CONFIG, data=data), tmp_path / "out")
+    read = sum(table.num_rows for table in (world.tables.events, world.tables.articles, world.tables.requests)) + 3
+    progress, counts = capsys.readouterr().out.splitlines()
+    assert progress.startswith(f"read rows: {read}, ")
+    assert counts == (
+        f"{tmp_path}/[data]: {read:,} rows read: {read - 3:,} kept, of them repaired 0; refused 3 (3 unknown domain); "
+        "skipped 0."
+    )
+    assert json.loads((tmp_path / "out" / "data" / "report.json").read_text())["reader"]["read"] == read
+
+
 def test_steps_that_take_more_prompts_than_there_are_stop_the_data_stage(world, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxnr.data.prepare, "generate_world", lambda seed: world)
     large = {

@@ -93,12 +93,16 @@ class ReadReport:
         tallies = {name: getattr(self, name).as_dict() for name in ("repaired", "refused", "skipped")}
         return {"read": self.read, "kept": self.kept, **tallies}
 
-    def summary(self) -> str:
-        """One paragraph: the counts with their reasons, then the first repaired and refused rows."""
-        text = (
+    def counts(self) -> str:
+        """One sentence: the counts with their reasons."""
+        return (
             f"{self.read:,} rows read: {self.kept:,} kept, of them repaired {self.repaired}; "
             f"refused {self.refused}; skipped {self.skipped}."
         )
+
+    def summary(self) -> str:
+        """One paragraph: the counts with their reasons, then the first repaired and refused rows."""
+        text = self.counts()
         for name, tally in (("refused", self.refused), ("repaired", self.repaired)):
             if tally.examples:
                 text += f" First {name}: {'; '.join(map(str, tally.examples))}."
