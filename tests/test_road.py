@@ -67,6 +67,10 @@ def test_results_have_the_promised_keys(results):
     assert results["seed"] == CONFIG.seed
     assert results["users"].keys() >= {"train", "valid", "test", "skipped"}
     assert results["users"]["test"] == CONFIG.data.max_test_users
+    for clicks in results["data"]["clicks"].values():
+        assert clicks["recallable_share"] == clicks["relevant"] / sum(
+            clicks[name] for name in ("relevant", "repeated", "not_yet_published", "expired")
+        )
     for comparison in results["comparisons"]:
         assert comparison.keys() >= {"a", "b", "metric", "difference", "p_holm"}
     for model in MODELS:

@@ -220,7 +220,10 @@ def _report(tables: Tables, splits: ExampleSplits, reader: dict, t1: int, t2: in
     return {
         "users": {**counts, "skipped": skipped},
         "skipped": splits.skipped,
-        "clicks": {name: dataclasses.asdict(report) for name, report in splits.clicks.items()},
+        "clicks": {
+            name: {**dataclasses.asdict(report), "recallable_share": report.recallable_share}
+            for name, report in splits.clicks.items()
+        },
         "cleaning": dataclasses.asdict(splits.cleaning),
         "reader": reader,
         "events": tables.events.num_rows,

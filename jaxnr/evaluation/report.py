@@ -153,6 +153,11 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in (results.get("users") or {}).items():
         count = sum(value.values()) if isinstance(value, Mapping) else value
         facts.append((f"users, {key}", _number(count)))
+    clicks = (results.get("data") or {}).get("clicks") or {}
+    shares = {split: counts["recallable_share"] for split, counts in clicks.items() if "recallable_share" in counts}
+    if shares:
+        text = ", ".join(f"{_number(share)} ({split})" for split, share in shares.items())
+        facts.append(("share of later clicks that could be recalled", text))
     for key, value in (results.get("environment") or {}).items():
         facts.append((str(key).replace("_", " "), str(value)))
     return facts
