@@ -83,6 +83,8 @@ class Road:
     """Asked in validation and evaluation alone."""
     signal_terms: TermStatistics
     log: MetricsLog
+    earlier: list[float] = dataclasses.field(default_factory=list)
+    """Seconds that earlier processes took for what this one goes on from, one entry a training stage."""
 
     @classmethod
     def open(cls, config: Config, out: Path) -> Road:
@@ -114,7 +116,10 @@ class Road:
             return checkpoints.latest_step() is not None
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage before this one took in the process that ended it."""
+        """Seconds that each stage took, over all processes.
+
+        Of a process that was killed, training up to its last checkpoint counts: the rest was done again.
+        """
         markers = {stage: self.out / "done" / f"{stage}.json" for stage in STAGES}
         return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
@@ -166,6 +171,7 @@ class Road:
             folder=self.out / "checkpoints" / stage,
             checkpoint_every=self.config.checkpoint_every,
             log=self.log,
+            resumed=self.earlier.append,
             **options,
         )
 
@@ -178,13 +184,15 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
         marker = out / "done" / f"{stage}.json"
         if resume and marker.exists():
             continue
-        started = time.monotonic()
+        started, earlier = time.monotonic(), []
         if stage == "data":
             prepare_data(config, out)
         else:
-            _RUN[stage](Road.open(config, out))
+            road = Road.open(config, out)
+            _RUN[stage](road)
+            earlier = road.earlier
         (out / "done" / "evaluate.json").unlink(missing_ok=True)  # what was measured is no longer all that there is
-        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started, 3)}))
+        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started + sum(earlier), 3)}))
 
 
 def _read_seconds(path: Path, stage: str) -> float:

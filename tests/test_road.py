@@ -191,6 +191,21 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypat
     assert after[1]["reward/failed"] == 0
 
 
+def test_a_stage_counts_the_seconds_of_the_processes_before(copy, surroundings, results):
+    (copy / "done" / "grpo.json").unlink()
+    for name in ("grpo", "grpo_uniform"):  # as if the checkpoints had been an hour's work
+        (held,) = (copy / "checkpoints" / name / str(steps_of(name))).glob("data/metadata")
+        content = json.loads(held.read_text())
+        assert 0 < content["seconds"] <= results["seconds"]["grpo"]
+        held.write_text(json.dumps(content | {"seconds": 3600.0}))
+    run_stages(CONFIG, copy, ("grpo",), resume=True)
+    assert 7200 <= json.loads((copy / "done" / "grpo.json").read_text())["seconds"] < 7300
+
+
+def steps_of(stage):
+    return {"grpo": CONFIG.grpo.steps, "grpo_uniform": CONFIG.grpo.uniform_steps}[stage]
+
+
 def remove_training(folder, *stages):
     for stage in stages:
         shutil.rmtree(folder / "checkpoints" / stage)
