@@ -18,11 +18,14 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
 
 
 class Checkpoints:
-    """The checkpoints of one stage under ``folder``; the newest two are kept. Use as a context manager."""
+    """The checkpoints of one stage under ``folder``; the newest two are kept. Use as a context manager.
+
+    The first save makes the folder: reading what is not there leaves nothing behind.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, enable_async_checkpointing=True)
         handlers = {  # without them, a process that has not saved yet reads no metadata
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
@@ -39,6 +42,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
         """Saves after ``step`` steps; Orbax writes to a temporary name and renames, so a kill leaves no half."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._manager.save(
             step,
             args=ocp.args.Composite(

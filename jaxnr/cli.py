@@ -6,12 +6,11 @@ Nothing here imports jax before a command runs, so that ``--help`` and a misspel
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -19,6 +18,7 @@ from jaxnr import __version__
 from jaxnr.config import Config, flatten, load_config, save_config
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError
+from jaxnr.files import read_json
 
 _DEFAULTS = Config()
 
@@ -106,6 +106,7 @@ class Generate:
     events: Path | None = None
     """Or one user's events, as JSON lines with `user_id`, `timestamp`, `domain` and `text`."""
     model: Literal["teacher", "student"] = "student"
+    """Which of the run's models writes."""
     samples: int = 1
     """Lists to sample."""
     index: Path | None = None
@@ -227,8 +228,8 @@ class Report:
         from jaxnr.evaluation.report import console_table, write_report
         from jaxnr.training.metrics import read_metrics
 
-        results = _read_json(self.run_dir / "results.json")
-        showcase = _read_json(self.run_dir / "showcase.json")
+        results = read_json(self.run_dir / "results.json", "what `jaxnr evaluate` writes")
+        showcase = read_json(self.run_dir / "showcase.json", "what `jaxnr evaluate` writes", list)
         write_report(self.run_dir / "report.html", results, read_metrics(self.run_dir / "metrics.jsonl"), showcase)
         Console().print(console_table(results))
 
@@ -310,15 +311,6 @@ def claim(config: Config, out: Path, *, begin: bool, resume: bool) -> bool:
 def _require_run(run_dir: Path) -> None:
     if not (run_dir / "config.toml").is_file():
         raise InputError(f"{run_dir} holds no run: there is no config.toml in it.")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path} is missing; `jaxnr evaluate` writes it.") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from None
 
 
 if __name__ == "__main__":

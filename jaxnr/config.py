@@ -25,6 +25,7 @@ class DataConfig:
     """Where the events come from and how they are split."""
 
     format: Literal["synthetic", "events", "mind", "deskdrop"] = "synthetic"
+    """`synthetic` is the generated world; the others are read from `path` (docs/data.md)."""
     path: str = ""
     """Folder with the data; unused by `synthetic`."""
     max_refused_share: float = 0.01
@@ -63,14 +64,23 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = PROJECTIONS
     """Projections that have adapters."""
     hidden_size: int = 128
+    """Width of what is passed from layer to layer."""
     num_layers: int = 3
+    """Attention with a feed-forward part, each."""
     intermediate_size: int = 288
+    """Width within the feed-forward part."""
     num_heads: int = 4
+    """Query heads of an attention."""
     num_kv_heads: int = 2
+    """Key and value heads; each serves equally many query heads."""
     head_dim: int = 32
+    """Width of a head."""
     tie_word_embeddings: bool = True
+    """Whether the output layer has the weights of the token embeddings."""
     rope_theta: float = 1_000_000.0
+    """Base of the rotary position embeddings."""
     rms_norm_eps: float = 1e-6
+    """What norms add to the mean square."""
     remat: bool = False
     """Compute activations again for the gradients: a third more arithmetic, for the memory of one layer."""
 
@@ -80,6 +90,7 @@ class PromptConfig:
     """What the policy reads and what it may write."""
 
     instructions: str = "Write news search queries for this reader."
+    """How every prompt begins."""
     signal_words: int = 3
     """Telling words of each signal that a prompt shows, at most; 0: the whole text, which pretrained models read."""
     reasoning: bool = False
@@ -91,8 +102,11 @@ class PromptConfig:
     max_new_tokens: int = 80
     """Generation budget, the L of Dr.GRPO."""
     min_queries: int = 3
+    """Lists with fewer are malformed."""
     max_queries: int = 18
+    """Lists with more are malformed."""
     max_query_words: int = 6
+    """Lists with a longer query are malformed."""
     vocabulary_size: int = 4096
     """Of the byte-level BPE that is trained for models from scratch, at most; pretrained ones bring their tokenizer."""
 
@@ -102,6 +116,7 @@ class RetrievalConfig:
     """How text becomes vectors, and vectors articles."""
 
     embedder: Literal["tfidf_svd", "sentence_encoder"] = "tfidf_svd"
+    """TF-IDF + SVD, fitted to texts of the run, or a pretrained sentence encoder."""
     embedder_path: str = ""
     """Local folder or hub name of the sentence encoder: BERT, RoBERTa or Qwen3-Embedding."""
     embedder_compute: Literal["float32", "bfloat16"] = "float32"
@@ -121,10 +136,15 @@ class RewardConfig:
     """Weights of the five rewards (the paper: all one), and what the alignment and the coverage are measured on."""
 
     align: float = 1.0
+    """Weight: do the queries lie close to articles?"""
     coverage: float = 8.0
+    """Weight: does the list cover what the user is interested in?"""
     specificity: float = 0.5
+    """Weight: are the queries rich in content?"""
     diversity: float = 0.3
+    """Weight: do the queries differ from each other?"""
     structure: float = 1.0
+    """Weight: does the list keep to the format?"""
     align_articles: int = 3
     """K of alignment: the paper takes 10 of millions, a catalogue of hundreds has three or four a subject."""
     max_facets: int = 6
@@ -172,9 +192,13 @@ class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to a tenth."""
 
     learning_rate: float = 1e-3
+    """Where the warm-up ends."""
     warmup_steps: int = 20
+    """Steps in which the learning rate rises from 0, in a line."""
     weight_decay: float = 0.01
+    """Of AdamW, of all parameters alike."""
     max_grad_norm: float = 1.0
+    """Longer gradients are cut to this length."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +208,7 @@ class SftConfig:
     steps: int = 340
     """0 for no warm start, where both models are pretrained."""
     prompts_per_step: int = 24
+    """Different training prompts in a step."""
     group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3)
@@ -194,11 +219,17 @@ class GrpoConfig:
     """Dr.GRPO (arXiv 2503.20783)."""
 
     steps: int = 50
+    """Each samples, rewards, and updates the teacher once."""
     prompts_per_step: int = 16
+    """Different training prompts in a step."""
     group_size: int = 8
+    """Lists sampled a prompt; the advantage of each is over their mean."""
     clip_low: float = 0.2
+    """A token of a poor list has no gradient once its probability has fallen by this share."""
     clip_high: float = 0.2
+    """A token of a good list has no gradient once its probability has risen by this share."""
     temperature: float = 1.0
+    """Of sampling, and so of the policy that is updated."""
     uniform_steps: int = 15
     """Steps of a second teacher under the paper's uniform reward weights, for the results table; 0 for none. As many
     of the chosen weights' schedule, so no more than `steps`."""
@@ -212,9 +243,13 @@ class DistillConfig:
     """On-policy distillation of the supervised student: its own samples, reverse KL to the teacher."""
 
     steps: int = 100
+    """Each samples from the student and updates it once."""
     prompts_per_step: int = 16
+    """Different training prompts in a step."""
     group_size: int = 4
+    """Lists sampled a prompt."""
     temperature: float = 1.0
+    """Of sampling, and of both distributions that the divergence compares."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.0)
 
 
@@ -225,11 +260,15 @@ class EvaluationConfig:
     samples: int = 2
     """Lists sampled a user for each model; a user's value is the mean over them."""
     best_of_n: tuple[int, ...] = (1, 2, 4, 8)
+    """How many of the teacher's lists the best by reward is chosen from; the last is how many are sampled."""
     temperature: float = 0.6
     """Of all models alike. Below 1, where they are trained, a small model's slips become rare."""
     prompts_per_step: int = 32
+    """Users whose lists are sampled at once."""
     bootstrap_resamples: int = 2000
+    """Resamples of the users, for the 95 % intervals."""
     showcase_users: int = 10
+    """Test users whose signals, lists and articles the report shows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,8 +276,11 @@ class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
     data: int = -1
+    """Devices among which a batch is divided; they hold the same parameters."""
     fsdp: int = 1
+    """Devices among which a batch and the parameters are divided."""
     tensor: int = 1
+    """Devices among which every layer is divided."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,8 +288,9 @@ class Config:
     """One run of the whole road."""
 
     seed: int = 0
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
+    """Of the world, the models and every draw."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints; a killed run loses at most so many."""
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -89,8 +89,8 @@ def _problems(config: Config) -> Iterator[str]:
     if config.grpo.group_size < 2:
         yield f"`grpo.group_size` is {config.grpo.group_size}, expected at least 2: an advantage compares completions"
     best_of_n = config.evaluation.best_of_n
-    if list(best_of_n) != sorted(set(best_of_n)):
-        yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers"
+    if not best_of_n or list(best_of_n) != sorted(set(best_of_n)):
+        yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers, at least one"
     axes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(axis < 1 and axis != -1 for axis in axes) or axes.count(-1) > 1:
         yield f"`mesh` is data {axes[0]}, fsdp {axes[1]}, tensor {axes[2]}, expected sizes from 1 on and at most one -1"

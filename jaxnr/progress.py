@@ -22,8 +22,11 @@ class Bar(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: int, completed: int = 0, console: Console | None = None) -> Iterator[Bar]:
-    """A bar from ``completed`` to ``total`` with the rate of this process, the time left and the latest metrics."""
+def progress(description: str, total: int | None, completed: int = 0, console: Console | None = None) -> Iterator[Bar]:
+    """A bar from ``completed`` to ``total`` with the rate of this process, the time left and the latest metrics.
+
+    ``total`` None where it is not known beforehand: how far it is and how fast, then.
+    """
     console = console or Console()
     if not console.is_terminal:
         lines = _Lines(description, total, completed, console)
@@ -45,7 +48,7 @@ def progress(description: str, total: int, completed: int = 0, console: Console 
 class _Live:
     """A ``rich`` bar."""
 
-    def __init__(self, bars: Progress, description: str, total: int, completed: int):
+    def __init__(self, bars: Progress, description: str, total: int | None, completed: int):
         self._bars = bars
         self._meter = _Meter(total, completed)
         self._task = bars.add_task(description, total=total, completed=completed, rate="", metrics="")
@@ -58,7 +61,7 @@ class _Live:
 class _Lines:
     """The same as lines of text, at most one every ``SECONDS_BETWEEN_LINES`` and one at the end."""
 
-    def __init__(self, description: str, total: int, completed: int, console: Console):
+    def __init__(self, description: str, total: int | None, completed: int, console: Console):
         self._description, self._console = description, console
         self._meter = _Meter(total, completed)
         self._printed_at = time.monotonic()
@@ -66,14 +69,15 @@ class _Lines:
     def advance(self, metrics: Mapping[str, SupportsFloat] | None = None, count: int = 1) -> None:
         self._meter.advance(metrics, count)
         if time.monotonic() - self._printed_at >= SECONDS_BETWEEN_LINES:
-            self._print(f"{self._meter.rate()}, {self._meter.time_left()} left")
+            self._print(", ".join(filter(None, (self._meter.rate(), self._meter.time_left()))))
 
     def close(self) -> None:
         self._print(f"{self._meter.rate()}, took {_clock(self._meter.seconds())}")
 
     def _print(self, pace: str) -> None:
         meter = self._meter
-        line = f"{self._description}: {meter.completed}/{meter.total}, {pace}  {meter.metrics}"
+        count = meter.completed if meter.total is None else f"{meter.completed}/{meter.total}"
+        line = f"{self._description}: {count}, {pace}  {meter.metrics}"
         self._console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
         self._printed_at = time.monotonic()
 
@@ -81,7 +85,7 @@ class _Lines:
 class _Meter:
     """Counts steps and tells their rate."""
 
-    def __init__(self, total: int, completed: int):
+    def __init__(self, total: int | None, completed: int):
         self.total, self.completed = total, completed
         self.metrics = ""
         self._first, self._started = completed, time.monotonic()
@@ -100,8 +104,10 @@ class _Meter:
         return f"{per_second:.3g} it/s" if per_second >= 1 or not per_second else f"{1 / per_second:.3g} s/it"
 
     def time_left(self) -> str:
+        if self.total is None:
+            return ""
         per_second = self._per_second()
-        return _clock((self.total - self.completed) / per_second) if per_second else "unknown time"
+        return f"{_clock((self.total - self.completed) / per_second) if per_second else 'unknown time'} left"
 
     def _per_second(self) -> float:
         return (self.completed - self._first) / max(self.seconds(), 1e-9)

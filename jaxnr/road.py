@@ -26,7 +26,7 @@ from jaxnr.data.prepare import known_texts, known_words, open_rewards, prepare_d
 from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
-from jaxnr.files import write_json_lines, write_text
+from jaxnr.files import read_json, write_json_lines, write_text
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.progress import progress
@@ -57,6 +57,16 @@ UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, 
 
 STAGES = ("data", "sft", "grpo", "distill", "evaluate")
 
+_STAGE_OF = {
+    "warm_start_teacher": "sft",
+    "warm_start_student": "sft",
+    "grpo": "grpo",
+    "grpo_uniform": "grpo",
+    "supervised": "distill",
+    "distill": "distill",
+}
+"""Training stage, by whose name its checkpoints go, to the stage of the road that it belongs to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Road:
@@ -73,6 +83,8 @@ class Road:
     """Asked in validation and evaluation alone."""
     signal_terms: TermStatistics
     log: MetricsLog
+    earlier: list[float] = dataclasses.field(default_factory=list)
+    """Seconds that earlier processes took for what this one goes on from, one entry a training stage."""
 
     @classmethod
     def open(cls, config: Config, out: Path) -> Road:
@@ -100,19 +112,24 @@ class Road:
 
     def has_trained(self, stage: str) -> bool:
         """Whether a training stage has left a checkpoint."""
-        folder = self.out / "checkpoints" / stage
-        if not folder.is_dir():
-            return False
-        with Checkpoints(folder) as checkpoints:
+        with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
             return checkpoints.latest_step() is not None
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that each stage before this one took in the process that ended it."""
+        """Seconds that each stage took, over all processes.
+
+        Of a process that was killed, training up to its last checkpoint counts: the rest was done again.
+        """
         markers = {stage: self.out / "done" / f"{stage}.json" for stage in STAGES}
-        return {stage: json.loads(path.read_text())["seconds"] for stage, path in markers.items() if path.exists()}
+        return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
-        """The parameters that a training stage ended with."""
+        """The parameters that a training stage ended with. Raises InputError, naming its command, where it has none."""
+        if not self.has_trained(stage):
+            raise InputError(
+                f"{self.out}: there is no model of the training stage {stage} yet; "
+                f"`jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}` has to run first."
+            )
         params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
             return checkpoints.restore_params(abstract_on(params, self.mesh))
@@ -130,16 +147,17 @@ class Road:
         state: TrainState,
         step: Callable,
         *,
+        section: str,
         steps: int,
-        prompts: int,
         source: Sequence[Example] | None = None,
         **options,
     ) -> TrainState:
-        """The host loop over this run's training prompts, or over ``source``."""
+        """The host loop over this run's training prompts, or over ``source``, in batches as ``section`` has them."""
         seed = self.config.seed + sum(map(ord, stage))  # every stage sees its own order
         batches = training_batches(
             self.examples["train"] if source is None else source,
-            batch_size=prompts,
+            batch_size=getattr(self.config, section).prompts_per_step,
+            batch_size_key=f"{section}.prompts_per_step",
             seed=seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -153,6 +171,7 @@ class Road:
             folder=self.out / "checkpoints" / stage,
             checkpoint_every=self.config.checkpoint_every,
             log=self.log,
+            resumed=self.earlier.append,
             **options,
         )
 
@@ -165,12 +184,23 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
         marker = out / "done" / f"{stage}.json"
         if resume and marker.exists():
             continue
-        started = time.monotonic()
+        started, earlier = time.monotonic(), []
         if stage == "data":
             prepare_data(config, out)
         else:
-            _RUN[stage](Road.open(config, out))
-        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started, 3)}))
+            road = Road.open(config, out)
+            _RUN[stage](road)
+            earlier = road.earlier
+        (out / "done" / "evaluate.json").unlink(missing_ok=True)  # what was measured is no longer all that there is
+        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started + sum(earlier), 3)}))
+
+
+def _read_seconds(path: Path, stage: str) -> float:
+    expected = f"the seconds that a stage took; delete the file, and `jaxnr {stage} CONFIG --resume` writes it again"
+    seconds = read_json(path, expected).get("seconds")
+    if not isinstance(seconds, int | float):
+        raise InputError(f"{path}: expected {expected} (`seconds` is {seconds!r}).")
+    return seconds
 
 
 def warm_start(road: Road) -> None:
@@ -197,8 +227,7 @@ def warm_start(road: Road) -> None:
             f"warm_start_{shape}",
             policy,
             params,
-            config,
-            config.steps,
+            "warm_start",
             warm_start_batches(policy, config.group_size, road.config.seed, words, reading_steps=config.steps * 2 // 3),
             source=train,
         )
@@ -245,8 +274,8 @@ def reinforce(
         stage,
         state,
         step,
+        section="grpo",
         steps=steps,
-        prompts=config.prompts_per_step,
         validate=lambda params: recall_at_10(road, policy, params),
         validate_every=config.validate_every,
     )
@@ -282,8 +311,7 @@ def distill_student(road: Road) -> None:
         )
 
     untrained = road.trained_params(student, "warm_start_student")
-    supervised = config.supervised
-    state = supervise(road, "supervised", student, untrained, supervised, supervised.steps, imitate, source=imitable)
+    state = supervise(road, "supervised", student, untrained, "supervised", imitate, source=imitable)
     distill_on_policy(road, student, state.params, teacher, teacher_params)
 
 
@@ -300,7 +328,7 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
         rollout = road.roll_out(student, state.params, examples, config.group_size, config.temperature, index)
         return update(state, teacher_params, rollout.batch)
 
-    road.train("distill", state, step, steps=config.steps, prompts=config.prompts_per_step)
+    road.train("distill", state, step, section="distill", steps=config.steps)
 
 
 def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[tuple[str, ...]]]:
@@ -320,9 +348,14 @@ def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[t
                     rows.append({"example_id": example.example_id, "lists": queries})
                 bar.advance({}, len(chunk.examples))
         write_json_lines(path, rows)
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the teacher's lists; delete the file, and `jaxnr distill CONFIG --resume` samples them "
+            f"again ({error!r})."
+        ) from error
 
 
 def supervise(
@@ -330,20 +363,23 @@ def supervise(
     stage: str,
     policy: Policy,
     params: dict,
-    config: SftConfig,
-    steps: int,
+    section: str,
     make_batch: Callable[[Sequence[Example], int], Batch],
     source: Sequence[Example],
 ) -> TrainState:
-    """One supervised stage from ``params``; ``make_batch(examples, step)`` says what is imitated."""
-    optimizer = make_optimizer(config.optimizer, steps)
+    """One supervised stage from ``params``, with the settings of ``section`` ("warm_start" or "supervised").
+
+    ``make_batch(examples, step)`` says what is imitated.
+    """
+    config: SftConfig = getattr(road.config, section)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     state = create_state(params, optimizer, road.mesh)
     update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         return update(state, make_batch(examples, index))
 
-    return road.train(stage, state, step, steps=steps, prompts=config.prompts_per_step, source=source)
+    return road.train(stage, state, step, section=section, steps=config.steps, source=source)
 
 
 _RUN = {"sft": warm_start, "grpo": train_teacher, "distill": distill_student, "evaluate": evaluate}

@@ -81,6 +81,7 @@ def test_an_absent_checkpoint_is_an_input_error(tmp_path):
         assert checkpoints.latest_step() is None
         with pytest.raises(InputError, match="no checkpoint"):
             checkpoints.restore_params(random_params(tiny_decoder()))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_damaged_file_is_an_input_error_or_harmless_whichever_file_it_is(saved, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxnr import config_rules
-from jaxnr.config import Config, ModelConfig, flatten, load_config, save_config, to_toml
+from jaxnr.config import Config, ModelConfig, _field_docstrings, flatten, load_config, save_config, to_toml
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError
 
@@ -147,8 +147,27 @@ def test_unreadable_files_are_input_errors(tmp_path):
         load_config(tmp_path / "binary.toml")
 
 
+def test_every_setting_has_a_help_text():
+    def undocumented(section, prefix=""):
+        notes = {name for kind in type(section).__mro__[:-1] for name in _field_docstrings(kind)}
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):  # tables have the docstring of their class
+                yield from undocumented(value, f"{prefix}{field.name}.")
+            elif field.name not in notes:
+                yield prefix + field.name
+
+    assert list(undocumented(Config())) == []
+
+
 def test_defaults_are_valid():
     validate(Config())
+
+
+def test_by_default_every_training_stage_has_a_checkpoint_before_its_last_step():
+    config = Config()
+    for stage in (config.warm_start, config.grpo, config.supervised, config.distill):
+        assert config.checkpoint_every < stage.steps
 
 
 @pytest.mark.parametrize(
@@ -179,6 +198,7 @@ def test_defaults_are_valid():
         ("distill.temperature", 0.0),
         ("warm_start.steps", 0),
         ("evaluation.best_of_n", (1, 4, 2)),
+        ("evaluation.best_of_n", ()),
         ("mesh.fsdp", 0),
         ("mesh.fsdp", -1),
     ],

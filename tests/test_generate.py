@@ -38,7 +38,7 @@ def test_events_of_a_file_are_what_is_known(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     path = tmp_path / "mine.jsonl"
     events = [
-        {"user_id": "me", "timestamp": "2031-01-01T08:00:00Z", "domain": "search", "action": "query", "text": text}
+        {"user_id": "me", "timestamp": "2031-01-01T08:00:00Z", "domain": "search", "text": text}  # what --help asks for
         for text in ("marathon training plan", "gmail", "electric [bold]cars[/bold]")
     ]
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -89,4 +89,7 @@ def test_a_broken_event_file_stops_the_command(run, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
-    assert f"{path}:1: not JSON" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{path}:1: not JSON" in error
+    assert "every row" in error
+    assert "max_refused_share" not in error  # no setting of this command

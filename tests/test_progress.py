@@ -9,9 +9,9 @@ import jaxnr.progress
 from jaxnr.progress import progress
 
 
-def shown(*, terminal: bool, completed: int = 0, steps: int = 4) -> str:
+def shown(*, terminal: bool, completed: int = 0, steps: int = 4, total: int | None = 4) -> str:
     out = io.StringIO()
-    with progress("grpo", 4, completed, Console(file=out, force_terminal=terminal, width=200)) as bar:
+    with progress("grpo", total, completed, Console(file=out, force_terminal=terminal, width=200)) as bar:
         for step in range(completed, steps):
             bar.advance({"loss": 1 / (step + 1), "grad_norm": 9.0})
     return out.getvalue()
@@ -41,3 +41,11 @@ def test_terminal_gets_a_bar_with_metrics():
     assert "━" in text
     assert "loss 0.25" in text
     assert "grad_norm" not in text
+
+
+def test_without_a_total_it_tells_how_far_it_is(monkeypatch):
+    assert "4/?" in shown(terminal=True, total=None)
+    monkeypatch.setattr(jaxnr.progress, "SECONDS_BETWEEN_LINES", 0.0)
+    lines = shown(terminal=False, total=None).splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"grpo: {done}" for done in (1, 2, 3, 4, 4)]
+    assert not any(" left" in line for line in lines)

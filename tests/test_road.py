@@ -13,13 +13,16 @@ import pytest
 from tiny import random_params, tiny_decoder
 from tiny_run import CONFIG, finished_run, tiny_surroundings
 
+import jaxnr
 import jaxnr.road
 from jaxnr import cli
 from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
+from jaxnr.data.prepare import read_report
+from jaxnr.errors import InputError
 from jaxnr.evaluation.run import MODELS
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
-from jaxnr.road import STAGES, Road, run_stages
+from jaxnr.road import STAGES, Road, run_stages, teacher_lists
 from jaxnr.training.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
@@ -64,6 +67,10 @@ def test_results_have_the_promised_keys(results):
     assert results["seed"] == CONFIG.seed
     assert results["users"].keys() >= {"train", "valid", "test", "skipped"}
     assert results["users"]["test"] == CONFIG.data.max_test_users
+    for clicks in results["data"]["clicks"].values():
+        assert clicks["recallable_share"] == clicks["relevant"] / sum(
+            clicks[name] for name in ("relevant", "repeated", "not_yet_published", "expired")
+        )
     for comparison in results["comparisons"]:
         assert comparison.keys() >= {"a", "b", "metric", "difference", "p_holm"}
     for model in MODELS:
@@ -72,6 +79,7 @@ def test_results_have_the_promised_keys(results):
     assert results["judges"] == {"training": "similarity", "second": "word_overlap"}
     assert all(results["throughput"][f"{shape}_users_per_s"] > 0 for shape in ("teacher", "student"))
     assert results["environment"].keys() >= {"jax", "device_kind", "device_count"}
+    assert results["environment"]["jaxnr"] == jaxnr.__version__
 
 
 def test_results_say_how_long_it_took(results):
@@ -187,6 +195,123 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypat
         assert 0 <= after[0][changed] <= 1
     assert (before[1]["loss"] == after[1]["loss"]) == second  # what training does not see changes nothing
     assert after[1]["reward/failed"] == 0
+
+
+def test_a_stage_counts_the_seconds_of_the_processes_before(copy, surroundings, results):
+    (copy / "done" / "grpo.json").unlink()
+    for name in ("grpo", "grpo_uniform"):  # as if the checkpoints had been an hour's work
+        (held,) = (copy / "checkpoints" / name / str(steps_of(name))).glob("data/metadata")
+        content = json.loads(held.read_text())
+        assert 0 < content["seconds"] <= results["seconds"]["grpo"]
+        held.write_text(json.dumps(content | {"seconds": 3600.0}))
+    run_stages(CONFIG, copy, ("grpo",), resume=True)
+    assert 7200 <= json.loads((copy / "done" / "grpo.json").read_text())["seconds"] < 7300
+
+
+def steps_of(stage):
+    return {"grpo": CONFIG.grpo.steps, "grpo_uniform": CONFIG.grpo.uniform_steps}[stage]
+
+
+def remove_training(folder, *stages):
+    for stage in stages:
+        shutil.rmtree(folder / "checkpoints" / stage)
+    (folder / "results.json").unlink()
+
+
+def test_evaluation_after_the_warm_start_measures_what_is_there(copy, surroundings):
+    remove_training(copy, "grpo", "grpo_uniform", "supervised", "distill")
+    run_stages(CONFIG, copy, ("evaluate",))
+    results = json.loads((copy / "results.json").read_text())
+    plain = {"popularity", "recent", "signals", "content"}
+    assert set(results["offline"]) == plain | {"prompt_only", "student_untrained"}
+    assert results["comparisons"] == []
+    assert results["best_of_n"] == results["throughput"] == {}
+    showcase = json.loads((copy / "showcase.json").read_text(encoding="utf-8"))
+    assert all(user["lists"].keys() == user["articles"].keys() == {"prompt_only"} for user in showcase)
+    assert "Prompt only" in (copy / "report.html").read_text(encoding="utf-8")
+    assert not (copy / "checkpoints" / "grpo").exists()
+
+
+def test_evaluation_before_distillation_compares_the_teacher(copy, surroundings):
+    remove_training(copy, "supervised", "distill")
+    run_stages(CONFIG, copy, ("evaluate",))
+    results = json.loads((copy / "results.json").read_text())
+    assert set(results["best_of_n"]) == {"1", "2"}
+    assert results["throughput"].keys() == {"teacher_users_per_s"}
+    assert {pair["b"] for pair in results["comparisons"]} == results["offline"].keys() - {"teacher"}
+    assert {pair["a"] for pair in results["comparisons"]} == {"teacher"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "first"),
+    [
+        ("evaluate", MODELS, "jaxnr sft CONFIG"),
+        ("grpo", MODELS, "jaxnr sft CONFIG"),
+        ("distill", ["teacher"], "jaxnr grpo CONFIG"),
+    ],
+)
+def test_a_stage_that_is_too_early_names_the_one_to_run_first(copy, surroundings, stage, missing, first):
+    remove_training(copy, *(MODELS[name][1] for name in missing))
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(InputError, match=first):
+        run_stages(CONFIG, copy, (stage,))
+    assert set(copy.rglob("*")) <= set(before)  # no empty folder of checkpoints
+
+
+def test_what_has_no_value_is_null_in_the_results(copy, surroundings, monkeypatch):
+    remove_training(copy, "warm_start_student", "grpo", "grpo_uniform", "supervised", "distill")
+    nothing = {"diversity": float("nan"), "age_hours": float("nan")}
+    monkeypatch.setattr("jaxnr.evaluation.run.beyond_accuracy", lambda *_: nothing)
+    run_stages(CONFIG, copy, ("evaluate",))
+    text = (copy / "results.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["beyond_accuracy"]["prompt_only"] == dict.fromkeys(nothing)
+
+
+def test_an_evaluation_is_not_passed_over_when_a_stage_has_run_after_it(copy, surroundings, monkeypatch):
+    ran = []
+    for stage in STAGES[1:]:
+        monkeypatch.setitem(jaxnr.road._RUN, stage, lambda road, stage=stage: ran.append(stage))
+    (copy / "done" / "distill.json").unlink()
+    run_stages(CONFIG, copy, STAGES, resume=True)
+    assert ran == ["distill", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [
+        ("data/report.json", "jaxnr data CONFIG --resume"),
+        ("retrieval/calibration.json", "jaxnr data CONFIG --resume"),
+        ("retrieval/articles.safetensors", "jaxnr data CONFIG --resume"),
+        ("done/grpo.json", "jaxnr grpo CONFIG --resume"),
+        ("teacher_lists.jsonl", "jaxnr distill CONFIG --resume"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_stage_that_writes_it_again(copy, surroundings, name, again):
+    def read_everything():
+        road = Road.open(CONFIG, copy)
+        assert read_report(copy)["users"]
+        assert set(road.seconds()) == set(STAGES)
+        assert teacher_lists(road, road.policy("teacher"), {})
+
+    read_everything()
+    whole = (copy / name).read_bytes()
+    others = [b"{}\n"] if name.endswith((".json", ".jsonl")) else []
+    for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole[1:], *others):
+        if name == "teacher_lists.jsonl" and not damaged:
+            continue  # no lists: distillation says that there are too few
+        (copy / name).write_bytes(damaged)
+        with pytest.raises(InputError) as caught:
+            read_everything()
+        assert str(caught.value).startswith(f"{copy / name}: ")
+        assert again in str(caught.value)
+
+
+def test_evaluation_stops_at_a_damaged_report_before_it_samples(copy, surroundings, monkeypatch):
+    (copy / "data" / "report.json").write_text('{"users": {"tra')
+    monkeypatch.setattr("jaxnr.evaluation.run.plain_rankings", lambda *_: pytest.fail("measured something"))
+    with pytest.raises(InputError, match=r"report\.json: expected the report of the data stage"):
+        run_stages(CONFIG, copy, ("evaluate",))
 
 
 def grpo_params(folder):

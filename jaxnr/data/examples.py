@@ -63,6 +63,12 @@ class ClickReport:
     expired: int = 0
     """Out of the catalogue at the request."""
 
+    @property
+    def recallable_share(self) -> float | None:
+        """Share of all these articles that are relevant: the most that recall over all later clicks can be."""
+        clicked = self.relevant + self.repeated + self.not_yet_published + self.expired
+        return self.relevant / clicked if clicked else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleSplits:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import grain
@@ -17,6 +17,7 @@ def training_batches(
     source: Sequence[Example],
     *,
     batch_size: int,
+    batch_size_key: str = "batch_size",
     seed: int,
     transform: Callable[[list[Example]], Batch] = list,
     num_epochs: int | None = None,
@@ -31,15 +32,11 @@ def training_batches(
     None goes on forever.
 
     The iterator's ``get_state()`` is a small dict that JSON can hold; ``set_state`` goes on with exactly the batch that
-    would have come next. Everything is read in the calling thread. Raises InputError where a host has less than one
-    batch.
+    would have come next. Everything is read in the calling thread. Raises InputError, naming the setting
+    ``batch_size_key``, where a host has less than one batch.
     """
+    check_batches(len(source), process_count, {batch_size_key: batch_size})
     share = len(source) // process_count
-    if share < batch_size:
-        raise InputError(
-            f"The training split has {len(source)} examples, {share} for each of {process_count} hosts, which is less "
-            f"than one batch of {batch_size}: lower the batch size, or raise data.train_prompts_per_user or the users."
-        )
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)
@@ -52,3 +49,13 @@ def training_batches(
     )
     # Decoding an example takes microseconds; threads would only compete for the cores that the device computes on.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def check_batches(examples: int, hosts: int, batch_sizes: Mapping[str, int]) -> None:
+    """Raises InputError naming the settings of ``batch_sizes`` that are larger than a host's share of the examples."""
+    share = examples // hosts
+    if too_large := [f"{size} (`{key}`)" for key, size in batch_sizes.items() if size > share]:
+        raise InputError(
+            f"The training split has {examples} examples, {share} for each of {hosts} hosts, which is less than one "
+            f"batch of {', '.join(too_large)}: lower that, or raise `data.train_prompts_per_user` or the users."
+        )

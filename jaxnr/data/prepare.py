@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.compute as pc
 from jax.sharding import Mesh
-from safetensors import safe_open
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.config import Config, PromptConfig
 from jaxnr.data.dataset import prepare as write_examples
 from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
+from jaxnr.data.pipeline import check_batches
 from jaxnr.data.readers import read_tables
 from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
-from jaxnr.files import write_text
+from jaxnr.errors import InputError
+from jaxnr.files import read_json, write_text
 from jaxnr.models.weights import model_folder
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_prompt, render_signals
@@ -35,15 +39,23 @@ from jaxnr.rewards.specificity import TermStatistics, telling_words
 
 SPLITS = ("train", "valid", "test")
 
+_AGAIN = "which `jaxnr data CONFIG --resume` writes again once done/data.json is deleted"
+
 
 def prepare_data(config: Config, out: Path) -> None:
     """Writes under ``out``: data/ (tables, examples, report.json), truth/ (generated world only), tokenizer/.
 
-    Everything that is fitted sees only what is dated before the validation window.
+    Everything that is fitted sees only what is dated before the validation window. Raises InputError where there are
+    fewer training prompts than a step of a later stage takes.
     """
     tables, reader = _tables(config, out)
     tables.save(out / "data")
     splits = build_examples(tables, config.data, config.seed)
+    sizes = {
+        f"{section}.prompts_per_step": getattr(config, section).prompts_per_step
+        for section in ("warm_start", "grpo", "supervised", "distill")
+    }
+    check_batches(len(splits.train), jax.process_count(), sizes)
     write_examples(splits, out / "data" / "examples")
     t1, t2 = split_times(tables, config.data)
     texts = known_texts(tables, splits.train, t1)
@@ -63,11 +75,13 @@ def prepare_data(config: Config, out: Path) -> None:
 
 
 def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
+    """The tables, and what the reader counted, which is printed too; the generated world has no reader."""
     if config.data.format == "synthetic":
         world = generate_world(config.seed)
         world.truth.save(out / "truth")
         return world.tables, {}
     tables, report = read_tables(config.data)
+    Console().print(f"{config.data.path}: {report.counts()}", markup=False, highlight=False, soft_wrap=True)
     return tables, report.as_dict()
 
 
@@ -107,8 +121,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         embedder = TfidfSvdEmbedder.load(folder)
     else:
         embedder = load_embedder(config.retrieval, (), config.seed)
-    with safe_open(folder / "articles.safetensors", framework="numpy") as file:
-        embeddings_IE = file.get_tensor("embeddings")
+    embeddings_IE = _read_embeddings(folder / "articles.safetensors")
     times = (tables.articles[name].cast("int64") for name in ("published_at", "expires_at"))
     published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
     return RewardModel(
@@ -118,10 +131,37 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         articles_IE=embeddings_IE,
         statistics=TermStatistics.load(folder / "terms.json"),
         signal_terms=TermStatistics.load(folder / "signal_terms.json"),
-        calibration=Calibration(**json.loads((folder / "calibration.json").read_text())),
+        calibration=_read_calibration(folder / "calibration.json"),
         config=config,
         judge=judge_of(config.judge, out, mesh),
     )
+
+
+def _read_embeddings(path: Path) -> np.ndarray:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.get_tensor("embeddings")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: expected the embedded articles, {_AGAIN} ({error}).") from error
+
+
+def _read_calibration(path: Path) -> Calibration:
+    expected = f"the calibration of the judge, {_AGAIN}"
+    content = read_json(path, expected)
+    try:
+        return Calibration(background=float(content["background"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: expected {expected} ({error!r}).") from error
+
+
+def read_report(out: Path) -> dict:
+    """What the data stage counted. Raises InputError where its report.json is missing or damaged."""
+    path = out / "data" / "report.json"
+    expected = f"the report of the data stage, {_AGAIN}"
+    report = read_json(path, expected)
+    if missing := {"users", "clicks"} - report.keys():
+        raise InputError(f"{path}: expected {expected} (no {min(missing)} in it).")
+    return report
 
 
 def embed_unique(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
@@ -180,7 +220,10 @@ def _report(tables: Tables, splits: ExampleSplits, reader: dict, t1: int, t2: in
     return {
         "users": {**counts, "skipped": skipped},
         "skipped": splits.skipped,
-        "clicks": {name: dataclasses.asdict(report) for name, report in splits.clicks.items()},
+        "clicks": {
+            name: {**dataclasses.asdict(report), "recallable_share": report.recallable_share}
+            for name, report in splits.clicks.items()
+        },
         "cleaning": dataclasses.asdict(splits.cleaning),
         "reader": reader,
         "events": tables.events.num_rows,

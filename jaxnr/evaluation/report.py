@@ -153,6 +153,11 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in (results.get("users") or {}).items():
         count = sum(value.values()) if isinstance(value, Mapping) else value
         facts.append((f"users, {key}", _number(count)))
+    clicks = (results.get("data") or {}).get("clicks") or {}
+    shares = {split: counts["recallable_share"] for split, counts in clicks.items() if "recallable_share" in counts}
+    if shares:
+        text = ", ".join(f"{_number(share)} ({split})" for split, share in shares.items())
+        facts.append(("share of later clicks that could be recalled", text))
     for key, value in (results.get("environment") or {}).items():
         facts.append((str(key).replace("_", " "), str(value)))
     return facts
@@ -172,7 +177,7 @@ def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Nested mappings as rows (dotted name, text)."""
     if isinstance(value, Mapping):
         return [row for key, inner in value.items() for row in _flatten(inner, f"{name}.{key}" if name else str(key))]
-    return [(name, _number(value) if is_number(value) else str(value))]
+    return [(name, _number(value) if is_number(value) or value is None else str(value))]
 
 
 def _showcase_user(user: Mapping[str, Any]) -> dict[str, Any]:

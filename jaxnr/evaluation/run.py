@@ -13,8 +13,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jaxnr import __version__
 from jaxnr.config import SecondJudgeConfig
 from jaxnr.data.examples import Example
+from jaxnr.data.prepare import read_report
+from jaxnr.errors import InputError
 from jaxnr.evaluation import recall_paths
 from jaxnr.evaluation.best_of_n import best_of_n
 from jaxnr.evaluation.beyond_accuracy import beyond_accuracy
@@ -22,7 +25,7 @@ from jaxnr.evaluation.merging import MERGES, to_item_ids
 from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_samples
 from jaxnr.evaluation.report import console_table, write_report
 from jaxnr.evaluation.significance import compare, mean_interval
-from jaxnr.files import write_text
+from jaxnr.files import without_nan, write_text
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.composite import Retrieved
@@ -106,15 +109,24 @@ def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
 
 
 def evaluate(road: Road) -> None:
-    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table."""
+    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table.
+
+    Models that have not been trained yet are left out. Raises InputError where none has been.
+    """
     started = time.monotonic()
     config = road.config.evaluation
+    report, seconds = read_report(road.out), road.seconds()
+    models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
+    if not models:
+        raise InputError(
+            f"{road.out}: there is no model to evaluate yet; the warm start, `jaxnr sft CONFIG --out {road.out}`, has "
+            "to run first."
+        )
     examples = list(road.examples["test"])
     relevant = [example.relevant for example in examples]
     plain = plain_rankings(road, examples)
     per_user = {name: evaluate_rankings(rankings, relevant) for name, rankings in plain.items()}
     sampled, throughput, best, merges = {}, {}, {}, {}
-    models = {name: model for name, model in MODELS.items() if road.has_trained(model[1])}
     with progress("evaluate", len(models)) as bar:
         for name, (shape, stage) in models.items():
             policy = road.policy(shape)
@@ -133,7 +145,7 @@ def evaluate(road: Road) -> None:
             if name in ("teacher", "student_on_policy"):
                 throughput[f"{shape}_users_per_s"] = users_per_second(road, policy, params, examples)
             bar.advance({"recall@10": per_user[name]["recall@10"].mean()})
-    results = assemble(road, per_user, best, sampled, throughput)
+    results = assemble(road, report, per_user, best, sampled, throughput)
     rankings = {name: [[ranking] for ranking in rankings_U] for name, rankings_U in plain.items()}
     rankings |= {name: sample.rankings_US for name, sample in sampled.items()}
     results["beyond_accuracy"] = {
@@ -144,11 +156,12 @@ def evaluate(road: Road) -> None:
     }
     results["slices"] = {"cold": cold_users(road, examples, per_user)}
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
-    results["seconds"] = {**road.seconds(), "evaluate": round(time.monotonic() - started, 3)}
+    results["seconds"] = {**seconds, "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
+    results = without_nan(results)
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
-    write_text(road.out / "results.json", json.dumps(results, indent=2))
+    write_text(road.out / "results.json", json.dumps(results, indent=2, allow_nan=False))
     write_report(road.out / "report.html", results, read_metrics(road.out / "metrics.jsonl"), showcase)
     Console().print(console_table(results))
 
@@ -205,14 +218,14 @@ def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Ex
 
 def assemble(
     road: Road,
+    report: dict,
     per_user: dict[str, dict[str, np.ndarray]],
     best: dict[int, dict[str, np.ndarray]],
     sampled: dict[str, Sampled],
     throughput: dict[str, float],
 ) -> dict:
-    """The content of ``results.json``."""
+    """The content of ``results.json``; ``report`` is that of the data stage."""
     config = road.config.evaluation
-    report = json.loads((road.out / "data" / "report.json").read_text())
 
     def intervals(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         return {
@@ -222,6 +235,7 @@ def assemble(
     others = [name for name in per_user if name != "teacher"]
     students = ("student_on_policy", "student_supervised", "student_untrained")
     pairs = [("teacher", other) for other in others] + list(itertools.pairwise(students))
+    pairs = [pair for pair in pairs if per_user.keys() >= set(pair)]
     return {
         "seed": road.config.seed,
         "users": report["users"],
@@ -235,6 +249,7 @@ def assemble(
         "judges": {"training": road.config.judge.kind, "second": road.config.second_judge.kind},
         "throughput": throughput,
         "environment": {
+            "jaxnr": __version__,
             "jax": jax.__version__,
             "device_kind": jax.devices()[0].device_kind,
             "device_count": jax.device_count(),
@@ -257,7 +272,7 @@ def cold_users(road: Road, examples: list[Example], per_user: dict[str, dict[str
 
 def show(road: Road, examples: list[Example], sampled: dict[str, Sampled]) -> list[dict]:
     """Some users with their signals, the lists of three models side by side, and the articles retrieved."""
-    shown = ("prompt_only", "teacher", "student_on_policy")
+    shown = [name for name in ("prompt_only", "teacher", "student_on_policy") if name in sampled]
     titles = dict(
         zip(road.tables.articles["item_id"].to_pylist(), road.tables.articles["title"].to_pylist(), strict=True)
     )

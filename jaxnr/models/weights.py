@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxnr import files
 from jaxnr.errors import InputError
 
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # configs, tokenizers and weights; never code or pickles
@@ -78,14 +79,8 @@ def model_folder(name: str) -> Path:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON object (or list, by ``kind``). Raises InputError naming the file when it is not there or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON file of a Hugging Face model ({_first_line(error)}).") from error
-    if not isinstance(content, kind):
-        raise InputError(f"{path}: expected a JSON {kind.__name__}, found a {type(content).__name__}.")
-    return content
+    """A JSON object (or list, by ``kind``) of a model. Raises InputError naming the file when it is not one."""
+    return files.read_json(path, "a JSON file of a Hugging Face model", kind)
 
 
 def load_params(folder: Path, table: Sequence[Row], abstract: dict, *, prefix: str, ignored: tuple[str, ...]) -> dict:

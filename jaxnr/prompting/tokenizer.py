@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -173,8 +173,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.mode
 
 def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Each file whole or not at all; other files of the folder (weights, say) stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-        tokenizer.save_pretrained(partial, save_jinja_files=False)
-        for path in sorted(Path(partial).iterdir()):
-            os.replace(path, folder / path.name)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+    partial.mkdir(parents=True)
+    tokenizer.save_pretrained(partial, save_jinja_files=False)
+    for path in sorted(partial.iterdir()):
+        os.replace(path, folder / path.name)
+    partial.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,12 +36,17 @@ def train(
     log: MetricsLog,
     validate: Callable[[dict], dict] | None = None,
     validate_every: int = 0,
+    resumed: Callable[[float], None] | None = None,
 ) -> TrainState:
     """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if any.
 
     ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
     end; they never change what is trained. A stage of no steps leaves a checkpoint of what it was given.
+
+    A checkpoint holds the seconds that its steps took, over all processes; ``resumed`` is told those of the one that is
+    gone on from. What a kill destroys, the steps since the last checkpoint, is lost from the count too.
     """
+    started, earlier = time.monotonic(), 0.0
     with Checkpoints(folder) as checkpoints:
         saved = checkpoints.latest_step()
         if saved is None and not steps:
@@ -48,7 +54,10 @@ def train(
         done = saved or 0
         if done:
             state, data_state = checkpoints.restore(state)
+            earlier = data_state.pop("seconds", 0.0)
             batches.set_state(data_state)
+            if resumed:
+                resumed(earlier)
         log.truncate_after(stage, done if done else -1)
         if validate and not done:
             log.write(stage, 0, validate(state.params))
@@ -61,5 +70,6 @@ def train(
                 log.write(stage, index + 1, metrics)
                 bar.advance(metrics)
                 if (index + 1) % checkpoint_every == 0 or index + 1 == steps:
-                    checkpoints.save(index + 1, state, batches.get_state())
+                    seconds = round(earlier + time.monotonic() - started, 3)
+                    checkpoints.save(index + 1, state, batches.get_state() | {"seconds": seconds})
     return state

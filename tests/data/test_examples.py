@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxnr.config import DataConfig
-from jaxnr.data.examples import DAY, Example, Signal, build_examples, split_times
+from jaxnr.data.examples import DAY, ClickReport, Example, Signal, build_examples, split_times
 from jaxnr.data.schema import ARTICLES, EVENTS, REQUESTS, Article, Event, Request, Tables, to_records, to_table
 from jaxnr.errors import InputError
 
@@ -83,6 +83,8 @@ def test_a_user_by_hand():
         "not_yet_published": 1,
         "expired": 1,
     }
+    assert splits.clicks["test"].recallable_share == 2 / 5
+    assert ClickReport().recallable_share is None
     # Before t1 the clean signals number 0, 1, 2 and 3: two or three of these points and the last second show something.
     assert {len(example.signals) for example in splits.train} == {1, 2, 3}
     assert all(example.timestamp < 6 * DAY and example.relevant == () for example in splits.train)

@@ -82,5 +82,7 @@ def test_transform_sees_a_whole_batch():
 
 @pytest.mark.parametrize(("length", "hosts"), [(3, 1), (0, 1), (7, 2)])
 def test_less_than_one_batch_is_an_input_error(length, hosts):
-    with pytest.raises(InputError, match=rf"{length} examples.*batch of 4"):
-        training_batches(range(length), batch_size=4, seed=0, process_count=hosts)
+    with pytest.raises(InputError, match=rf"{length} examples.*batch of 4 \(`grpo\.prompts_per_step`\)"):
+        training_batches(
+            range(length), batch_size=4, batch_size_key="grpo.prompts_per_step", seed=0, process_count=hosts
+        )

@@ -24,6 +24,7 @@ from jaxnr.data.prepare import (
 )
 from jaxnr.data.schema import Tables
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
+from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
 from jaxnr.prompting.prompt import as_shown, encode_prompt
 from jaxnr.prompting.tokenizer import load_tokenizer
@@ -78,6 +79,37 @@ def prepare(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(prepare):
     return prepare()
+
+
+def test_a_real_format_tells_what_became_of_its_rows(world, tmp_path, capsys):
+    (tmp_path / "[data]").mkdir()
+    world.tables.save(tmp_path / "[data]")
+    events = (tmp_path / "[data]" / "events.parquet").resolve()
+    broken = world.tables.events.slice(0, 3).to_pylist()
+    broken = pa.Table.from_pylist([row | {"domain": "tv"} for row in broken], world.tables.events.schema)
+    pq.write_table(pa.concat_tables([world.tables.events, broken]), events)
+    data = dataclasses.replace(CONFIG.data, format="events", path=str(tmp_path / "[data]"))
+    prepare_data(dataclasses.replace(CONFIG, data=data), tmp_path / "out")
+    read = sum(table.num_rows for table in (world.tables.events, world.tables.articles, world.tables.requests)) + 3
+    progress, counts = capsys.readouterr().out.splitlines()
+    assert progress.startswith(f"read rows: {read}, ")
+    assert counts == (
+        f"{tmp_path}/[data]: {read:,} rows read: {read - 3:,} kept, of them repaired 0; refused 3 (3 unknown domain); "
+        "skipped 0."
+    )
+    assert json.loads((tmp_path / "out" / "data" / "report.json").read_text())["reader"]["read"] == read
+
+
+def test_steps_that_take_more_prompts_than_there_are_stop_the_data_stage(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxnr.data.prepare, "generate_world", lambda seed: world)
+    large = {
+        name: dataclasses.replace(getattr(CONFIG, name), prompts_per_step=size)
+        for name, size in (("grpo", 5000), ("distill", 6000))
+    }
+    wanted = r"\d+ examples.*5000 \(`grpo\.prompts_per_step`\), 6000 \(`distill\.prompts_per_step`\): lower"
+    with pytest.raises(InputError, match=wanted):
+        prepare_data(dataclasses.replace(CONFIG, **large), tmp_path)
+    assert not (tmp_path / "tokenizer").exists()  # noticed before anything is fitted
 
 
 def fitted(folder):

@@ -39,7 +39,8 @@ def full_results():
         "judges": {"training": "similarity", "second": "word_overlap"},
         "throughput": {"teacher_users_per_s": 41.25, "student_users_per_s": 1312.5},
         "environment": {"jax": "0.10.2", "device_kind": "cpu", "device_count": 1},
-        "data": {"events": 51234, "reader": {"rows": 60000, "refused": 3}},
+        "data": {"events": 51234, "reader": {"rows": 60000, "refused": 3}, "clicks": {
+            "valid": {"relevant": 0, "recallable_share": None}, "test": {"relevant": 3, "recallable_share": 0.6}}},
     }  # fmt: skip
 
 
@@ -142,6 +143,13 @@ def test_a_full_run_has_every_section(page):
         assert text in parsed.texts
     for _, *values in PAPER_ROWS:
         assert all(f"{value:.3f}" in parsed.texts for value in values if value)
+
+
+def test_the_share_of_recallable_clicks_stands_beside_the_numbers_of_users(page):
+    texts = [text for text in Page(page).texts if text]
+    at = texts.index("share of later clicks that could be recalled")
+    assert texts[at + 1] == "– (valid), 0.600 (test)"
+    assert "users, test" in texts[:at]
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page):

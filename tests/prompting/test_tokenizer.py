@@ -74,6 +74,20 @@ def test_chat_template_is_chatml(tokenizer):
     assert text == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_what_a_killed_save_left_is_gone_after_the_next(folder, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxnr.prompting.tokenizer.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(TEXTS, 400, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".partial"]
+    (tmp_path / ".partial" / "half_written.json").touch()
+    train_tokenizer(TEXTS, 400, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in folder.iterdir())
+
+
 def test_same_texts_give_the_same_files(folder, tmp_path):
     train_tokenizer(iter(TEXTS), 400, tmp_path)
     names = sorted(path.name for path in folder.iterdir())

@@ -1,5 +1,9 @@
 """The host loop: killed at any step and resumed, it gives what an uninterrupted run gives."""
 
+import contextlib
+import itertools
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +35,7 @@ def sft():
     return make_sft_step(MODEL, OPTIMIZER, fresh_state(), MESH, 61)
 
 
-def run(folder, sft, killed_at=None):
+def run(folder, sft, killed_at=None, resumed=None):
     """The real SFT step over the real pipeline; an example is a seed of its tokens."""
 
     def step(state, examples, index):
@@ -55,6 +59,7 @@ def run(folder, sft, killed_at=None):
         log=MetricsLog(folder / "metrics.jsonl"),
         validate=lambda params: {"norm": float(np.square(params["norm"]["weight"]).sum())},
         validate_every=2,
+        resumed=resumed,
     )
 
 
@@ -89,6 +94,16 @@ def test_every_step_is_logged_once_and_validation_when_asked(uninterrupted):
     assert [row["step"] for row in log] == list(range(STEPS + 1))
     assert [row["step"] for row in log if "norm" in row] == [0, 2, 4, 6, 7]
     assert len({row["loss"] for row in log[1:]}) == STEPS
+
+
+def test_seconds_are_counted_over_all_processes_up_to_their_last_checkpoints(tmp_path, sft, monkeypatch):
+    looks, told = itertools.count(), []
+    clock = SimpleNamespace(monotonic=lambda: 10.0 * next(looks))
+    monkeypatch.setattr("jaxnr.training.loop.time", clock)
+    for kill in (5, None, None):
+        with contextlib.suppress(Killed):
+            run(tmp_path, sft, killed_at=kill, resumed=told.append)
+    assert told == [10.0, 30.0]  # one checkpoint; then it and the second process's two, the last of which is the end
 
 
 def test_a_finished_run_takes_no_more_steps(tmp_path, sft, uninterrupted):

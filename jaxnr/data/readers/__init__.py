@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxnr.config import DataConfig
@@ -9,15 +10,18 @@ from jaxnr.data.readers.deskdrop import read_deskdrop
 from jaxnr.data.readers.events import read_events
 from jaxnr.data.readers.mind import read_mind
 from jaxnr.data.readers.report import ReadReport
-from jaxnr.data.readers.tables import collect
+from jaxnr.data.readers.tables import Record, collect
 from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
+from jaxnr.progress import Bar, progress
 
 __all__ = ["ReadReport", "read_tables"]
 
+_RECORDS_BETWEEN_ADVANCES = 4096
+
 
 def read_tables(config: DataConfig) -> tuple[Tables, ReadReport]:
-    """The tables of the data at ``config.path``, and what became of its rows.
+    """The tables of the data at ``config.path``, and what became of its rows. Shows how far it is.
 
     Raises InputError, naming the place, for a file that is missing or damaged, for a share of refused rows above
     ``config.max_refused_share`` in any one file, and where no event or no article is left.
@@ -35,8 +39,20 @@ def read_tables(config: DataConfig) -> tuple[Tables, ReadReport]:
             records = read_deskdrop(path, report)
         case other:
             raise InputError(f"data.format {other!r} is not read from files; expected 'events', 'mind' or 'deskdrop'.")
-    tables = collect(records)
+    with progress("read rows", total=None) as bar:
+        tables = collect(_counted(records, report, bar))
     for name, table in (("events", tables.events), ("articles", tables.articles)):
         if not table.num_rows:
             raise InputError(f"{path}: no {name} are left to use. {report.summary()}")
     return tables, report
+
+
+def _counted(records: Iterable[Record], report: ReadReport, bar: Bar) -> Iterator[Record]:
+    """The records; every few thousand of them the bar moves on to the rows that have been read for them."""
+    shown = 0
+    for number, record in enumerate(records):
+        if number % _RECORDS_BETWEEN_ADVANCES == 0:
+            bar.advance(count=report.read - shown)
+            shown = report.read
+        yield record
+    bar.advance(count=report.read - shown)

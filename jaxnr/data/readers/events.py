@@ -25,8 +25,10 @@ from jaxnr.errors import InputError
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _PARQUET_BATCH_ROWS = 8192
 _MAX_POSITION = 2**31 - 1
-_HAS_DEFAULT = {"abstract"}
+_HAS_DEFAULT = {"abstract", "action"}
 """Never null in the schema, yet with a default where the file has none."""
+_ACTIONS = {"search": "query", "web": "view", "news": "click"}
+"""The action of an event without that field, by domain."""
 
 
 def read_events(folder: Path, report: ReadReport) -> Iterator[Record]:
@@ -55,7 +57,7 @@ def read_event_file(path: Path) -> pa.Table:
     """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; expected events as {', '.join(_SUFFIXES)}.")
-    report = ReadReport(max_refused_share=0.0)
+    report = ReadReport(max_refused_share=None)
     events = collect(_records(path, EVENTS, event_of, report)).events
     if not events.num_rows:
         raise InputError(f"{path}: there is no event in it. {report.summary()}")
@@ -69,7 +71,7 @@ def read_article_file(path: Path) -> pa.Table:
     """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; expected articles as {', '.join(_SUFFIXES)}.")
-    report = ReadReport(max_refused_share=0.0)
+    report = ReadReport(max_refused_share=None)
     articles = collect(_records(path, ARTICLES, article_of, report)).articles
     if report.skipped.rows:
         raise InputError(
@@ -89,7 +91,7 @@ def event_of(row: Fields) -> Event:
         user_id=row.identifier("user_id"),
         timestamp=row.time("timestamp"),
         domain=domain,
-        action=row.filled_text("action"),
+        action=row.filled_text("action") if "action" in row.values else _ACTIONS[domain],
         text=row.text("text"),
         item_id=row.optional("item_id", row.identifier),
         dwell_s=row.optional("dwell_s", row.number),

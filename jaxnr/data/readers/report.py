@@ -73,7 +73,8 @@ class ReadReport:
     article that the catalogue lacks), so it does not count towards ``max_refused_share``.
     """
 
-    max_refused_share: float = 0.01
+    max_refused_share: float | None = 0.01
+    """None where every row has to be good, whatever the config says."""
     read: int = 0
     kept: int = 0
     repaired: Tally = dataclasses.field(default_factory=Tally)
@@ -92,12 +93,16 @@ class ReadReport:
         tallies = {name: getattr(self, name).as_dict() for name in ("repaired", "refused", "skipped")}
         return {"read": self.read, "kept": self.kept, **tallies}
 
-    def summary(self) -> str:
-        """One paragraph: the counts with their reasons, then the first repaired and refused rows."""
-        text = (
+    def counts(self) -> str:
+        """One sentence: the counts with their reasons."""
+        return (
             f"{self.read:,} rows read: {self.kept:,} kept, of them repaired {self.repaired}; "
             f"refused {self.refused}; skipped {self.skipped}."
         )
+
+    def summary(self) -> str:
+        """One paragraph: the counts with their reasons, then the first repaired and refused rows."""
+        text = self.counts()
         for name, tally in (("refused", self.refused), ("repaired", self.repaired)):
             if tally.examples:
                 text += f" First {name}: {'; '.join(map(str, tally.examples))}."
@@ -135,12 +140,17 @@ class RowCounter:
 
     def check(self) -> None:
         """Raises InputError with the report when more than ``max_refused_share`` of this file's rows are refused."""
-        limit = self.report.max_refused_share
-        if self.refused > limit * self.read:
-            raise InputError(
-                f"{self.file}: refused {self.refused:,} of the first {self.read:,} rows, more than the share of "
-                f"{limit:g} that data.max_refused_share allows. {self.report.summary()}"
-            )
+        share = self.report.max_refused_share
+        if self.refused <= (share or 0.0) * self.read:
+            return
+        limit = (
+            "expected every row to be good"
+            if share is None
+            else f"more than the share of {share:g} that data.max_refused_share allows"
+        )
+        raise InputError(
+            f"{self.file}: refused {self.refused:,} of the first {self.read:,} rows, {limit}. {self.report.summary()}"
+        )
 
     def _count(self) -> None:
         self.read += 1

@@ -112,6 +112,26 @@ def test_parquet_equals_jsonl(tmp_path, unit, zone):
     assert (report.read, report.kept, report.repaired.rows) == (3, 3, 0)
 
 
+@pytest.mark.parametrize("parquet", [False, True])
+def test_an_event_without_the_field_action_has_the_one_of_its_domain(tmp_path, parquet):
+    events = [{**event_row(domain=domain, timestamp=time), "item_id": "a1"} for time, domain in enumerate(DOMAINS)]
+    events = [{name: value for name, value in row.items() if name != "action" and value is not None} for row in events]
+    folder = write_folder(tmp_path / "d", events)
+    if parquet:
+        (folder / "events.jsonl").unlink()
+        pq.write_table(pa.Table.from_pylist(events), folder / "events.parquet")
+    tables, report = read(folder, share=0.0)
+    assert tables.events["domain"].to_pylist() == list(DOMAINS)
+    assert tables.events["action"].to_pylist() == ["query", "view", "click"]
+    assert report.repaired.rows == 0
+
+
+@pytest.mark.parametrize("action", [None, "", " ", 3])
+def test_an_action_that_is_there_has_to_be_text(tmp_path, action):
+    folder = write_folder(tmp_path / "d", [event_row(), event_row(action=action)])
+    assert read(folder)[1].refused.rows == 1
+
+
 def test_gzip_equals_plain(tmp_path):
     folder = write_folder(tmp_path / "d")
     expected, _ = read(folder)
@@ -304,8 +324,8 @@ def test_an_empty_file_is_named(tmp_path, name):
 def test_a_parquet_without_a_required_column_is_named(tmp_path):
     folder = write_folder(tmp_path / "d")
     (folder / "events.jsonl").unlink()
-    pq.write_table(pa.Table.from_pylist([{"user_id": "u", "timestamp": 1, "text": "t"}]), folder / "events.parquet")
-    with pytest.raises(InputError, match=r"events\.parquet: lacks the column action, domain"):
+    pq.write_table(pa.Table.from_pylist([{"user_id": "u", "timestamp": 1}]), folder / "events.parquet")
+    with pytest.raises(InputError, match=r"events\.parquet: lacks the column domain, text"):
         read(folder)
 
 
