@@ -95,7 +95,9 @@ def test_a_sentence_encoder_over_eight_devices_equals_one(tiny_bert, tmp_path, m
     meshes = []
     real = SentenceEncoder.__init__
     monkeypatch.setattr(
-        SentenceEncoder, "__init__", lambda self, name, mesh: meshes.append(mesh) or real(self, name, mesh)
+        SentenceEncoder,
+        "__init__",
+        lambda self, name, mesh, *rest: meshes.append(mesh) or real(self, name, mesh, *rest),
     )
     assert jaxnr(monkeypatch, *command) == 0
     assert [mesh.size for mesh in meshes] == [8]

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
 from jaxnr.data.prepare import read_report
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import MODELS
+from jaxnr.models.huggingface import save
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
 from jaxnr.road import STAGES, Road, run_stages, teacher_lists
@@ -172,21 +172,14 @@ def test_grpo_killed_in_a_step_and_resumed_equals_the_uninterrupted_run(run, cop
 
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [False, True], ids=["in training", "in validation alone"])
-def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, monkeypatch, second):
+def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, tmp_path, second):
     tokenizer = load_tokenizer(run / "tokenizer")
     model = tiny_decoder(vocab_size=len(tokenizer))
-    loaded = []
-
-    def load(name, *, mesh):
-        loaded.append(name)
-        return SimpleNamespace(model=model, params=random_params(model), tokenizer=tokenizer)
-
-    monkeypatch.setitem(sys.modules, "jaxnr.models.huggingface", SimpleNamespace(load=load))
+    save(tmp_path / "judge", model, random_params(model), tokenizer)
     shutil.rmtree(copy / "checkpoints" / "grpo")
-    settings = {"kind": "language_model", "model": "tiny", "lists_per_step": 8}
+    settings = {"kind": "language_model", "model": str(tmp_path / "judge"), "lists_per_step": 8}
     judge = SecondJudgeConfig(**settings) if second else JudgeConfig(**settings)
     run_stages(dataclasses.replace(CONFIG, **{"second_judge" if second else "judge": judge}), copy, ("grpo",))
-    assert loaded == ["tiny"]
     before, after = rows(run, "grpo"), rows(copy, "grpo")
     assert len(before) == len(after)
     for name in ("coverage", "specificity"):

@@ -79,7 +79,7 @@ def model_folder(name: str) -> Path:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON object (or list, by ``kind``) of a model. Raises InputError naming the file when it is not one."""
+    """A JSON object (or list, by ``kind``). Raises InputError naming the file when it is not there or not one."""
     return files.read_json(path, "a JSON file of a Hugging Face model", kind)
 
 
