@@ -215,7 +215,9 @@ def warm_start(road: Road) -> None:
     texts = known_texts(road.tables, train, t1)
     words = known_words(texts, road.signal_terms)
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
-    for offset, shape in enumerate(("teacher", "student")):
+    reading = config.steps * 2 // 3
+    # The teacher leaves long lists for RL to find. The student gets them from the teacher, and reads to the end.
+    for offset, (shape, random_reading) in enumerate({"teacher": reading, "student": config.steps}.items()):
         policy = road.policy(shape)
         path, seed = getattr(road.config, shape).path, 2 * road.config.seed + offset
         if path:
@@ -228,7 +230,7 @@ def warm_start(road: Road) -> None:
             policy,
             params,
             "warm_start",
-            warm_start_batches(policy, config.group_size, road.config.seed, words, reading_steps=config.steps * 2 // 3),
+            warm_start_batches(policy, config.group_size, road.config.seed, words, reading, random_reading),
             source=train,
         )
 

@@ -94,20 +94,22 @@ def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[
 
 
 def warm_start_batches(
-    policy: Policy, group_size: int, seed: int, words: Sequence[str], reading_steps: int
+    policy: Policy, group_size: int, seed: int, words: Sequence[str], reading_steps: int, random_reading_steps: int
 ) -> Callable[[Sequence[Example], int], Batch]:
     """``(examples, step) -> batch`` of warm-start targets, drawn by (seed, step, example id) alone.
 
-    ``RANDOM`` of the prompts are of random ``words``. In the first ``reading_steps`` all lists are whole.
+    ``RANDOM`` of the prompts are of random ``words``. Lists are whole in the first ``reading_steps``, and those of
+    random words in the first ``random_reading_steps``.
     """
 
     known = np.asarray(words)
 
     def target(example: Example, step: int) -> Target:
         rng = np.random.default_rng([seed, step, example.example_id])
-        if rng.random() < RANDOM:
+        scrambled = rng.random() < RANDOM
+        if scrambled:
             example = in_random_words(example, rng.choice(known, DIFFERENT_WORDS).tolist(), rng)
-        whole_share = 1.0 if step < reading_steps else WHOLE
+        whole_share = 1.0 if step < (random_reading_steps if scrambled else reading_steps) else WHOLE
         return warm_start_target(example, policy.prompt, group_size, policy.signal_terms, rng, whole_share)
 
     return lambda examples, step: place_targets(policy, [target(example, step) for example in examples])

@@ -125,18 +125,18 @@ def test_a_list_over_the_budget_loses_its_last_queries_and_still_ends(policy):
 @pytest.mark.parametrize("reading_steps", [0, 10])
 def test_targets_depend_on_seed_step_and_example_alone(policy, reading_steps):
     examples = [example_of(0), example_of(1), example_of(2)]
-    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps)(examples, 7)
-    turned = warm_start_batches(policy, 4, 5, TEXTS, reading_steps)(examples[::-1], 7)
+    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps, reading_steps)(examples, 7)
+    turned = warm_start_batches(policy, 4, 5, TEXTS, reading_steps, reading_steps)(examples[::-1], 7)
     for name in ("prompt_BS", "prompt_mask_BS", "completion_BGT", "mask_BGT"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(turned, name)[::-1])
 
 
 def test_another_seed_step_example_or_place_in_the_group_is_another_draw(policy):
     examples = [example_of(number) for number in range(12)]
-    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 7)
+    batch = warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0, random_reading_steps=0)(examples, 7)
     others = [
-        warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0)(examples, 8),
-        warm_start_batches(policy, 4, 6, TEXTS, reading_steps=0)(examples, 7),
+        warm_start_batches(policy, 4, 5, TEXTS, reading_steps=0, random_reading_steps=0)(examples, 8),
+        warm_start_batches(policy, 4, 6, TEXTS, reading_steps=0, random_reading_steps=0)(examples, 7),
     ]
     assert all((other.completion_BGT != batch.completion_BGT).any() for other in others)
     rows = np.asarray(batch.completion_BGT)
@@ -148,7 +148,7 @@ def test_half_of_the_prompts_are_of_random_words_and_at_first_all_lists_are_whol
     words = [f"{sound}{ending}" for sound in ("ba", "do", "fi", "lu") for ending in "kmnprst"]
     # The tokenizer spells these words out, so whole lists of them take more tokens.
     policy = dataclasses.replace(policy, prompt=dataclasses.replace(CFG, max_new_tokens=150))
-    make_batch = warm_start_batches(policy, 1, seed=0, words=words, reading_steps=3)
+    make_batch = warm_start_batches(policy, 1, seed=0, words=words, reading_steps=3, random_reading_steps=4)
     examples = [example_of(number, TEXTS[:4]) for number in range(40)]
     whole = tuple(TEXTS[3::-1])
 
@@ -158,10 +158,10 @@ def test_half_of_the_prompts_are_of_random_words_and_at_first_all_lists_are_whol
         own = [row[: CFG.min_queries] == whole[: CFG.min_queries] for row in queries]
         return list(itertools.compress(queries, own)), list(itertools.compress(queries, np.logical_not(own)))
 
-    for own, scrambled in (lists(2), lists(3)):
+    first, between, later = lists(2), lists(3), lists(4)
+    for own, scrambled in (first, between, later):
         assert 10 < len(own) < 30
         assert {word for queries in scrambled for query in queries for word in query.split()} <= set(words)
-    first, later = lists(2), lists(3)
     assert set(first[0]) == {whole}
     assert all(queries == whole[: len(queries)] for queries in later[0])
 
@@ -169,8 +169,9 @@ def test_half_of_the_prompts_are_of_random_words_and_at_first_all_lists_are_whol
         return float(np.mean([len(queries) == CFG.min_queries for queries in rows]))
 
     # Of random lines that begin or end alike only one is shown, which shortens few whole lists to the least.
-    assert short(first[1]) < 0.2
-    for rows in later:  # of the user's own words, and of random ones
+    for rows in (first[1], between[1]):
+        assert short(rows) < 0.2
+    for rows in (between[0], *later):
         assert 0.5 < short(rows) < 1
 
 
