@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -122,3 +123,23 @@ def test_a_student_with_other_tokens_is_an_input_error_that_names_both(run, pair
     )
     with pytest.raises(InputError, match=r"other: its tokenizer has other tokens than that of .*teacher"):
         run_stages(config, tmp_path / "run", ["data"])
+
+
+def test_a_checkpoint_that_cannot_be_used_ends_the_command_before_any_data_is_read(pair, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(pair / "student", broken)
+    changes = {
+        "config.json: expected": lambda: (broken / "config.json").unlink(),
+        "model_type is 'llama'": lambda: (broken / "config.json").write_text('{"model_type": "llama"}'),
+    }
+    for message, change in changes.items():
+        change()
+        out = tmp_path / "run"
+        config = dataclasses.replace(CONFIG, student=dataclasses.replace(CONFIG.student, path=str(broken)))
+        save_config(config, tmp_path / "config.toml")
+        monkeypatch.setattr(sys, "argv", ["jaxnr", "run", str(tmp_path / "config.toml"), "--out", str(out)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()

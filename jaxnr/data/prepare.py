@@ -26,6 +26,8 @@ from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.errors import InputError
 from jaxnr.files import read_json, write_text
+from jaxnr.mesh import make_mesh
+from jaxnr.models.huggingface import check_tokenizer, read_decoder_config
 from jaxnr.models.weights import model_folder
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_prompt, render_signals
@@ -48,6 +50,7 @@ def prepare_data(config: Config, out: Path) -> None:
     Everything that is fitted sees only what is dated before the validation window. Raises InputError where there are
     fewer training prompts than a step of a later stage takes.
     """
+    tokenizer = _pretrained_tokenizer(config, out / "tokenizer")  # first, as it takes no time to find out
     tables, reader = _tables(config, out)
     tables.save(out / "data")
     splits = build_examples(tables, config.data, config.seed)
@@ -61,10 +64,8 @@ def prepare_data(config: Config, out: Path) -> None:
     texts = known_texts(tables, splits.train, t1)
     terms = TermStatistics.fit(texts)
     terms.save(out / "retrieval" / "signal_terms.json")
-    corpus = tokenizer_corpus(splits.train, texts, terms, config.prompt)
-    if pretrained := [model.path for model in (config.teacher, config.student) if model.path]:
-        tokenizer = adopt_tokenizer([model_folder(path) for path in pretrained], out / "tokenizer")
-    else:
+    if tokenizer is None:
+        corpus = tokenizer_corpus(splits.train, texts, terms, config.prompt)
         tokenizer = train_tokenizer(corpus, config.prompt.vocabulary_size, out / "tokenizer")
     _prepare_retrieval(config, out / "retrieval", tables, splits.train, texts, terms, t1)
     report = _report(tables, splits, reader, t1, t2)
@@ -72,6 +73,21 @@ def prepare_data(config: Config, out: Path) -> None:
         name: shortened_prompts(getattr(splits, name), terms, config.prompt, tokenizer) for name in SPLITS
     }
     write_text(out / "data" / "report.json", json.dumps(report, indent=2))
+
+
+def _pretrained_tokenizer(config: Config, folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the pretrained models, copied to ``folder``; None where both begin from nothing.
+
+    Raises InputError where a model cannot be used here, or not with the other.
+    """
+    models = [model_folder(model.path) for model in (config.teacher, config.student) if model.path]
+    shapes = [read_decoder_config(model) for model in models]
+    if not models:
+        return None
+    tokenizer = adopt_tokenizer(models, folder)
+    for model, shape in zip(models, shapes, strict=True):
+        check_tokenizer(model, shape, tokenizer)
+    return tokenizer
 
 
 def _tables(config: Config, out: Path) -> tuple[Tables, dict]:
@@ -95,7 +111,7 @@ def _prepare_retrieval(
     t1: int,
 ) -> None:
     """Fits the embedder, the terms of the catalogue and the judge's threshold, and embeds the catalogue."""
-    embedder = load_embedder(config.retrieval, texts, config.seed)
+    embedder = load_embedder(config.retrieval, texts, config.seed, make_mesh(config.mesh))
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
     TermStatistics.fit(article_texts(_published_before(tables, t1))).save(folder / "terms.json")
@@ -120,7 +136,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
     if config.retrieval.embedder == "tfidf_svd":
         embedder = TfidfSvdEmbedder.load(folder)
     else:
-        embedder = load_embedder(config.retrieval, (), config.seed)
+        embedder = load_embedder(config.retrieval, (), config.seed, mesh)
     embeddings_IE = _read_embeddings(folder / "articles.safetensors")
     times = (tables.articles[name].cast("int64") for name in ("published_at", "expires_at"))
     published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
