@@ -3,20 +3,12 @@
 import sys
 
 import pytest
-from tiny_run import finished_run, tiny_surroundings
 
 from jaxnr import benchmark, cli
 from jaxnr.config import load_config
 from jaxnr.road import Road
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = finished_run(tmp_path_factory.getbasetemp())
-    with tiny_surroundings(tmp_path_factory.getbasetemp()):
-        yield folder
 
 
 def test_every_way_of_serving_is_measured(run, monkeypatch, capsys):

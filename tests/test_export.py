@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from tiny import left_padded, relative_gap
-from tiny_run import CONFIG, finished_run, tiny_surroundings
+from tiny_run import CONFIG
 
 from jaxnr import cli
 from jaxnr.config import load_config, save_config
@@ -22,13 +22,6 @@ from jaxnr.models.lora import trainable
 from jaxnr.road import STAGES, Road, run_stages
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = finished_run(tmp_path_factory.getbasetemp())
-    with tiny_surroundings(tmp_path_factory.getbasetemp()):
-        yield folder
 
 
 @pytest.fixture(scope="module")

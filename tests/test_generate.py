@@ -5,7 +5,6 @@ import re
 import sys
 
 import pytest
-from tiny_run import finished_run, tiny_surroundings
 
 from jaxnr import cli
 from jaxnr.data.dataset import load
@@ -14,13 +13,6 @@ from jaxnr.errors import InputError
 from jaxnr.generate import generate
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = finished_run(tmp_path_factory.getbasetemp())
-    with tiny_surroundings(tmp_path_factory.getbasetemp()):
-        yield folder
 
 
 def test_prints_signals_queries_and_articles(run, capsys, monkeypatch):

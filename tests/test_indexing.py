@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import transformers
-from tiny_run import CONFIG, finished_run, tiny_surroundings
+from tiny_run import CONFIG
 
 from jaxnr import cli
 from jaxnr.config import MeshConfig
@@ -23,13 +23,6 @@ from jaxnr.road import Road
 pytestmark = pytest.mark.xdist_group("tiny_run")
 
 TITLES = ["rocket reaches lunar orbit", "fresh bread from the oven", "late goal decides the league", "butter in bread"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = finished_run(tmp_path_factory.getbasetemp())
-    with tiny_surroundings(tmp_path_factory.getbasetemp()):
-        yield folder
 
 
 def write(path, titles, first=0):

@@ -114,7 +114,7 @@ def _prepare_retrieval(
     embedder = load_embedder(config.retrieval, texts, config.seed, make_mesh(config.mesh))
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
-    TermStatistics.fit(article_texts(_published_before(tables, t1))).save(folder / "terms.json")
+    TermStatistics.fit(document_texts(_published_before(tables, t1).articles)).save(folder / "terms.json")
     signals = [
         (row, telling_words(signal.text, signal_terms, FACET_WORDS))
         for row, example in enumerate(train)
@@ -124,7 +124,7 @@ def _prepare_retrieval(
     del users
     calibration = calibrate(embed_unique(embedder, [text for _, text in signals]), user_M, config.seed)
     write_text(folder / "calibration.json", json.dumps(calibration._asdict()))
-    embeddings_IE = embedder.embed_documents(article_texts(tables))
+    embeddings_IE = embedder.embed_documents(document_texts(tables.articles))
     partial = folder / "articles.safetensors.partial"
     save_file({"embeddings": embeddings_IE}, partial)
     partial.rename(folder / "articles.safetensors")
@@ -193,7 +193,7 @@ def _published_before(tables: Tables, t1: int) -> Tables:
 
 def known_texts(tables: Tables, train: Sequence[Example], t1: int) -> list[str]:
     """Articles published before t1 (title and abstract) and the signals of the training prompts, each text once."""
-    documents = article_texts(_published_before(tables, t1))
+    documents = document_texts(_published_before(tables, t1).articles)
     signals = (signal.text for example in train for signal in example.signals)
     return list(dict.fromkeys([*documents, *signals]))
 
@@ -202,11 +202,6 @@ def known_words(texts: Sequence[str], terms: TermStatistics) -> list[str]:
     """The telling words of each of the ``texts``, at most six a text, each word once."""
     words = (word for text in texts for word in telling_words(text, terms, count=6).split())
     return list(dict.fromkeys(words))
-
-
-def article_texts(tables: Tables) -> list[str]:
-    """Title and abstract of every article, in the order of the table."""
-    return document_texts(tables.articles)
 
 
 def tokenizer_corpus(

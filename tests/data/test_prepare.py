@@ -14,7 +14,6 @@ from jaxnr.config import Config, DataConfig, MeshConfig, PromptConfig, Retrieval
 from jaxnr.data.dataset import load
 from jaxnr.data.examples import split_times
 from jaxnr.data.prepare import (
-    article_texts,
     embed_unique,
     known_texts,
     known_words,
@@ -22,7 +21,7 @@ from jaxnr.data.prepare import (
     prepare_data,
     shortened_prompts,
 )
-from jaxnr.data.schema import Tables
+from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import WorldParameters, generate_world
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
@@ -133,7 +132,7 @@ def test_known_texts_are_of_the_past_and_each_once(world, prepared):
     train = list(load(prepared / "data" / "examples", "train"))
     texts = known_texts(world.tables, train, t1)
     published = world.tables.articles["published_at"].cast("int64").to_pylist()
-    articles = article_texts(world.tables)
+    articles = document_texts(world.tables.articles)
     later = {text for text, time in zip(articles, published, strict=True) if time >= t1}
     earlier = {text for text, time in zip(articles, published, strict=True) if time < t1}
     assert len(set(texts)) == len(texts)
@@ -185,7 +184,7 @@ def test_the_planted_truth_lies_apart(prepared):
 def test_rewards_open_on_what_was_written(world, prepared):
     rewards = open_rewards(CONFIG, prepared, world.tables, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert rewards.item_ids_I.tolist() == world.tables.articles["item_id"].to_pylist()
-    texts = article_texts(world.tables)
+    texts = document_texts(world.tables.articles)
     np.testing.assert_allclose(rewards.embedder.embed_documents(texts[:50]), rewards.articles_IE[:50], atol=1e-6)
 
 
