@@ -211,6 +211,8 @@ class SftConfig:
     """Different training prompts in a step."""
     group_size: int = 1
     """Lists to imitate a prompt; they share it, as completions do."""
+    microbatches: int = 1
+    """Parts that the prompts of a step are split into; their gradients add up to the step's, in less memory."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3)
 
 
@@ -224,6 +226,9 @@ class GrpoConfig:
     """Different training prompts in a step."""
     group_size: int = 8
     """Lists sampled a prompt; the advantage of each is over their mean."""
+    microbatches: int = 1
+    """Parts that the prompts of a step are split into. Their gradients add up to the step's, in less memory; and while
+    the lists of one are judged, the next is sampled."""
     clip_low: float = 0.2
     """A token of a poor list has no gradient once its probability has fallen by this share."""
     clip_high: float = 0.2
@@ -248,6 +253,8 @@ class DistillConfig:
     """Different training prompts in a step."""
     group_size: int = 4
     """Lists sampled a prompt."""
+    microbatches: int = 1
+    """Parts that the prompts of a step are split into; their gradients add up to the step's, in less memory."""
     temperature: float = 1.0
     """Of sampling, and of both distributions that the divergence compares."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.0)

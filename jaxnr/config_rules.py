@@ -19,7 +19,7 @@ POSITIVE = {
     "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
     "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
     "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
-    "teacher_lists", "align_articles", "lora_alpha", "lists_per_step", "concurrency", "timeout",
+    "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",

@@ -58,13 +58,18 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
-    """Raises InputError, naming each setting, where prompts of a step cannot be spread evenly over the mesh."""
+    """Raises InputError, naming each setting, where prompts of a step or microbatch cannot be spread evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    sizes = {key: value for key, value in flatten(config).items() if key.endswith(".prompts_per_step")}
-    if uneven := [f"`{key}` is {size}" for key, size in sizes.items() if size % ways]:
+    settings = flatten(config)
+    uneven = []
+    for key in (key for key in settings if key.endswith(".prompts_per_step")):
+        parts = settings.get(key.replace("prompts_per_step", "microbatches"), 1)
+        if settings[key] % (ways * parts):
+            why = f" ({ways} devices × {parts} microbatches)" if parts > 1 else ""
+            uneven.append(f"`{key}` is {settings[key]}: expected a multiple of {ways * parts}{why}")
+    if uneven:
         raise InputError(
-            f"The prompts of a step are spread over {ways} devices (data × fsdp of the mesh), but {', '.join(uneven)}: "
-            f"expected a multiple of {ways}."
+            f"The prompts of a step are spread over {ways} devices (data × fsdp of the mesh), but {'; '.join(uneven)}."
         )
 
 

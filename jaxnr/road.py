@@ -323,7 +323,7 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = create_state(params, optimizer, road.mesh)
     update = make_distill_step(
-        student.model, teacher.model, optimizer, state, road.mesh, student.vocabulary_size, config.temperature
+        student.model, teacher.model, optimizer, state, road.mesh, student.vocabulary_size, config
     )
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
@@ -376,7 +376,7 @@ def supervise(
     config: SftConfig = getattr(road.config, section)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = create_state(params, optimizer, road.mesh)
-    update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size)
+    update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config.microbatches)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         return update(state, make_batch(examples, index))

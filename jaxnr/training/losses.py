@@ -60,11 +60,6 @@ def token_logprobs(
     return flat.reshape(tokens.shape)
 
 
-def sft_loss(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean negative log-probability of the target tokens."""
-    return -jnp.sum(mask * logprobs) / jnp.maximum(jnp.sum(mask), 1)
-
-
 def dr_grpo_advantages(reward_BG: jax.Array) -> jax.Array:
     """R − mean over the group, with no division by a deviation (Dr.GRPO, arXiv 2503.20783).
 
@@ -85,15 +80,19 @@ def dr_grpo_loss(
     advantages_BG: jax.Array,
     mask_BGT: jax.Array,
     *,
+    rows: int,
     budget: int,
     clip_low: float,
     clip_high: float,
 ) -> jax.Array:
-    """−Σ m·min(ρA, clip(ρ)A) / (rows · budget): the length that divides is the generation budget, a constant."""
+    """−Σ m·min(ρA, clip(ρ)A) / (rows · budget): the length that divides is the generation budget, a constant.
+
+    ``rows`` are the completions of the whole batch, of which these may be a part.
+    """
     ratio = jnp.exp(logprobs_BGT - old_logprobs_BGT)
     advantage = advantages_BG[..., None]
     surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantage)
-    return -jnp.sum(mask_BGT * surrogate) / (advantages_BG.size * budget)
+    return -jnp.sum(mask_BGT * surrogate) / (rows * budget)
 
 
 def reverse_kl(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import flax.struct
 import jax
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxnr.config import GrpoConfig, OptimizerConfig
+from jaxnr.config import DistillConfig, GrpoConfig, OptimizerConfig
 from jaxnr.mesh import batch_sharding, replicated, tree_shardings
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.models.lora import trainable, with_trainable
-from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, reverse_kl, sft_loss, token_logprobs
+from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, reverse_kl, token_logprobs
 
 
 @flax.struct.dataclass
@@ -81,18 +81,75 @@ def _jit_step(step: Callable, state: TrainState, mesh: Mesh, constants: int = 0)
     )
 
 
+class Totals(NamedTuple):
+    """Of a whole batch: what losses divide by, so that the gradients of its microbatches add up to its own."""
+
+    rows: int
+    """Completions."""
+    tokens: jax.Array
+    """Tokens under the mask."""
+
+
 def _step_down(
-    loss_fn: Callable[[dict], tuple[jax.Array, dict]], state: TrainState, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, dict]:
-    """One update of what is trainable, by the gradient of ``loss_fn(params) -> (loss, metrics)``."""
+    loss_fn: Callable[[dict, Any, Totals], tuple[jax.Array, Any]],
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    batch: Any,
+    mask_BGT: jax.Array,
+    mesh: Mesh,
+    microbatches: int,
+) -> tuple[TrainState, dict, Any]:
+    """One update of what is trainable, by the gradient of ``loss_fn(params, microbatch, totals) -> (loss, values)``.
+
+    Returns the state, the metrics that every step has, and the values: arrays with a leading axis of prompts, those of
+    all microbatches. Where the loss or its gradient is not finite the parameters and the optimizer state stay as they
+    are, and the metric ``skipped`` is 1.
+    """
     changing = trainable(state.params)
-    (loss, metrics), gradients = jax.value_and_grad(
-        lambda changing: loss_fn(with_trainable(state.params, changing)), has_aux=True
-    )(changing)
+    totals = Totals(mask_BGT[..., 0].size, jnp.sum(mask_BGT))
+    shardings = tree_shardings(changing, mesh)
+
+    def gradient(part: Any) -> tuple[dict, tuple[jax.Array, Any]]:
+        (loss, values), gradients = jax.value_and_grad(
+            lambda changing: loss_fn(with_trainable(state.params, changing), part, totals), has_aux=True
+        )(changing)
+        # Summed over the devices, each keeps the part that it updates.
+        return jax.lax.with_sharding_constraint(gradients, shardings), (loss, values)
+
+    if microbatches == 1:
+        gradients, (loss, values) = gradient(batch)
+    else:
+
+        def add(total: dict, part: Any) -> tuple[dict, tuple[jax.Array, Any]]:
+            gradients, found = gradient(part)
+            return jax.tree.map(jnp.add, total, gradients), found
+
+        zeros = jax.tree.map(jnp.zeros_like, changing)
+        gradients, (losses, values) = jax.lax.scan(add, zeros, split_batch(batch, microbatches))
+        loss, values = jnp.sum(losses), merge_batch(values)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, changing)
-    params = with_trainable(state.params, cast(dict, optax.apply_updates(changing, updates)))
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **metrics}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    updated = (cast(dict, optax.apply_updates(changing, updates)), opt_state)
+    changed, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), updated, (changing, state.opt_state)
+    )
+    state = TrainState(state.step + 1, with_trainable(state.params, changed), opt_state)
+    return state, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}, values
+
+
+def split_batch(batch, microbatches: int):
+    """Every array [B, ...] of a tree as [microbatches, B / microbatches, ...].
+
+    A microbatch takes every ``microbatches``-th prompt, so that each device, which holds consecutive ones, has its
+    share of every microbatch.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def merge_batch(parts):
+    """The inverse of ``split_batch``."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
 def _hidden_states(model: Decoder, params: dict, batch: Batch) -> jax.Array:
@@ -109,16 +166,18 @@ def make_sft_step(
     state: TrainState,
     mesh: Mesh,
     vocabulary_size: int,
+    microbatches: int = 1,
 ) -> Callable:
     """Supervised fine-tuning: warm start, and supervised distillation."""
 
-    def loss_fn(params: dict, batch: Batch) -> tuple[jax.Array, dict]:
+    def loss_fn(params: dict, batch: Batch, totals: Totals) -> tuple[jax.Array, tuple]:
         hidden = _hidden_states(model, params, batch)
         logprobs = token_logprobs(hidden, head_VD(params), batch.completion_BGT, vocabulary_size=vocabulary_size)
-        return sft_loss(logprobs, batch.mask_BGT), {}
+        return -jnp.sum(batch.mask_BGT * logprobs) / jnp.maximum(totals.tokens, 1), ()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        return _step_down(lambda params: loss_fn(params, batch), state, optimizer)
+        state, metrics, _ = _step_down(loss_fn, state, optimizer, batch, batch.mask_BGT, mesh, microbatches)
+        return state, metrics
 
     return _jit_step(step, state, mesh)
 
@@ -133,7 +192,8 @@ def make_grpo_step(
 ) -> Callable:
     """Dr.GRPO on one sampled batch. ``logprob_gap`` is max |old − new| before the update: 0 but for rounding."""
 
-    def loss_fn(params: dict, batch: ScoredBatch) -> tuple[jax.Array, dict]:
+    def loss_fn(params: dict, advantaged: tuple[ScoredBatch, jax.Array], totals: Totals) -> tuple[jax.Array, jax.Array]:
+        batch, advantages_BG = advantaged
         hidden = _hidden_states(model, params, batch)
         logprobs = token_logprobs(
             hidden,
@@ -142,27 +202,30 @@ def make_grpo_step(
             vocabulary_size=vocabulary_size,
             temperature=config.temperature,
         )
-        advantages_BG = dr_grpo_advantages(batch.reward_BG)
         loss = dr_grpo_loss(
             logprobs,
             batch.old_logprobs_BGT,
             advantages_BG,
             batch.mask_BGT,
+            rows=totals.rows,
             budget=batch.completion_BGT.shape[-1],
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        gap = jnp.max(jnp.where(batch.mask_BGT, jnp.abs(logprobs - batch.old_logprobs_BGT), 0.0))
-        metrics = {
+        return loss, logprobs
+
+    def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
+        advantages_BG = dr_grpo_advantages(batch.reward_BG)  # of whole groups, whichever microbatch they are in
+        state, metrics, logprobs_BGT = _step_down(
+            loss_fn, state, optimizer, (batch, advantages_BG), batch.mask_BGT, mesh, config.microbatches
+        )
+        gap = jnp.max(jnp.where(batch.mask_BGT, jnp.abs(logprobs_BGT - batch.old_logprobs_BGT), 0.0))
+        return state, metrics | {
             "logprob_gap": gap,
-            "surprisal": -masked_mean(logprobs, batch.mask_BGT),
+            "surprisal": -masked_mean(logprobs_BGT, batch.mask_BGT),
             "completion_tokens": jnp.mean(jnp.sum(batch.mask_BGT, axis=-1)),
             "zero_advantage_groups": jnp.mean(jnp.all(advantages_BG == 0, axis=-1)),
         }
-        return loss, metrics
-
-    def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
-        return _step_down(lambda params: loss_fn(params, batch), state, optimizer)
 
     return _jit_step(step, state, mesh)
 
@@ -174,23 +237,24 @@ def make_distill_step(
     state: TrainState,
     mesh: Mesh,
     vocabulary_size: int,
-    temperature: float,
+    config: DistillConfig,
 ) -> Callable:
     """``step(state, teacher_params, batch)``: exact reverse KL on the student's samples, no gradient through them."""
 
-    def loss_fn(params: dict, teacher_params: dict, batch: Batch) -> tuple[jax.Array, dict]:
-        kl_BGT = reverse_kl(
-            _hidden_states(student, params, batch),
-            head_VD(params),
-            jax.lax.stop_gradient(_hidden_states(teacher, teacher_params, batch)),
-            head_VD(teacher_params),
-            vocabulary_size=vocabulary_size,
-            temperature=temperature,
-        )
-        loss = masked_mean(kl_BGT, batch.mask_BGT)
-        return loss, {"reverse_kl": loss, "completion_tokens": jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))}
-
     def step(state: TrainState, teacher_params: dict, batch: Batch) -> tuple[TrainState, dict]:
-        return _step_down(lambda params: loss_fn(params, teacher_params, batch), state, optimizer)
+        def loss_fn(params: dict, batch: Batch, totals: Totals) -> tuple[jax.Array, tuple]:
+            kl_BGT = reverse_kl(
+                _hidden_states(student, params, batch),
+                head_VD(params),
+                jax.lax.stop_gradient(_hidden_states(teacher, teacher_params, batch)),
+                head_VD(teacher_params),
+                vocabulary_size=vocabulary_size,
+                temperature=config.temperature,
+            )
+            return jnp.sum(batch.mask_BGT * kl_BGT) / jnp.maximum(totals.tokens, 1), ()
+
+        state, metrics, _ = _step_down(loss_fn, state, optimizer, batch, batch.mask_BGT, mesh, config.microbatches)
+        tokens = jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))
+        return state, metrics | {"reverse_kl": metrics["loss"], "completion_tokens": tokens}
 
     return _jit_step(step, state, mesh, constants=1)

@@ -1,5 +1,6 @@
 """The jitted steps: many devices give what one gives, shardings, donation, and that training does what it says."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import left_padded, quick, random_params, relative_gap, tiny_decoder
 
-from jaxnr.config import GrpoConfig, MeshConfig, OptimizerConfig
+from jaxnr.config import DistillConfig, GrpoConfig, MeshConfig, OptimizerConfig
 from jaxnr.mesh import batch_sharding, make_mesh, tree_shardings
 from jaxnr.models.decoder import head_VD, init_params
 from jaxnr.sampling.sampler import SamplingSettings, make_sampler
@@ -22,6 +23,8 @@ from jaxnr.training.steps import (
     make_grpo_step,
     make_optimizer,
     make_sft_step,
+    merge_batch,
+    split_batch,
 )
 
 V, B, G, T = 61, 8, 2, 5
@@ -51,19 +54,20 @@ def batch() -> ScoredBatch:
     )
 
 
-def take_step(kind: str, mesh):
+def take_step(kind: str, mesh, microbatches: int = 1):
     """New parameters and metrics of one plain gradient step (SGD, rate 1), so that parameters carry the gradient."""
     optimizer = optax.sgd(1.0)
     state = create_state(PARAMS, optimizer, mesh)
     scored = jax.device_put(batch(), batch_sharding(mesh))
     plain = Batch(scored.prompt_BS, scored.prompt_mask_BS, scored.completion_BGT, scored.mask_BGT)
     if kind == "sft":
-        step, arguments = make_sft_step(MODEL, optimizer, state, mesh, V), (plain,)
+        step, arguments = make_sft_step(MODEL, optimizer, state, mesh, V, microbatches), (plain,)
     elif kind == "grpo":
-        step, arguments = make_grpo_step(MODEL, optimizer, state, mesh, V, GrpoConfig(clip_high=50.0)), (scored,)
+        config = GrpoConfig(clip_high=50.0, microbatches=microbatches)
+        step, arguments = make_grpo_step(MODEL, optimizer, state, mesh, V, config), (scored,)
     else:
         teacher_params = jax.device_put(TEACHER_PARAMS, tree_shardings(TEACHER_PARAMS, mesh))
-        step = make_distill_step(MODEL, TEACHER, optimizer, state, mesh, V, 1.0)
+        step = make_distill_step(MODEL, TEACHER, optimizer, state, mesh, V, DistillConfig(microbatches=microbatches))
         arguments = (teacher_params, plain)
     state, metrics = quick(step)(state, *arguments)
     gradient = jax.tree.map(lambda before, after: np.asarray(before) - np.asarray(after), PARAMS, state.params)
@@ -104,6 +108,49 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(alone, kind, sizes):
         leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
     )
+
+
+@pytest.mark.xdist_group("steps")
+@pytest.mark.parametrize(
+    ("kind", "sizes", "microbatches"),
+    [("sft", None, 4), ("grpo", None, 2), ("distill", None, 8), ("grpo", "data 2, fsdp 2, tensor 2", 2)],
+)
+def test_microbatches_give_the_gradients_and_metrics_of_one_batch(alone, kind, sizes, microbatches):
+    """Completions differ in length, so that a mean of the microbatches' means would not do."""
+    if kind not in alone:
+        alone[kind] = take_step(kind, one_device())
+    expected_gradient, expected_metrics, _ = alone[kind]
+    mesh = make_mesh(MESHES[sizes]) if sizes else one_device()
+    gradient, metrics, _ = take_step(kind, mesh, microbatches)
+    assert relative_gap(gradient, expected_gradient) < 2e-5
+    assert metrics == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in expected_metrics.items()}
+
+
+def test_a_microbatch_has_its_share_of_the_prompts_of_each_device_and_merging_undoes_it():
+    parts = split_batch({"x": np.arange(8)}, 2)
+    np.testing.assert_array_equal(parts["x"], [[0, 2, 4, 6], [1, 3, 5, 7]])
+    np.testing.assert_array_equal(merge_batch(parts)["x"], np.arange(8))
+
+
+@pytest.mark.parametrize("poison", ["reward", "parameter"])
+def test_a_step_that_is_not_finite_changes_nothing_and_says_so(poison):
+    mesh, optimizer = one_device(), make_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    state = create_state(PARAMS, optimizer, mesh)
+    step = quick(make_grpo_step(MODEL, optimizer, state, mesh, V, GrpoConfig()))
+    good = batch()
+    bad = dataclasses.replace(good, reward_BG=np.where(np.arange(G) == 0, np.inf, good.reward_BG))
+    if poison == "parameter":
+        params = {**PARAMS, "norm": {"weight": jnp.full_like(PARAMS["norm"]["weight"], jnp.nan)}}
+        state, bad = create_state(params, optimizer, mesh), good
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, bad)
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
+    assert int(state.step) == 1
+    if poison == "reward":
+        state, metrics = step(state, good)
+        assert metrics["skipped"] == 0
+        assert relative_gap(state.params, before[0]) > 1e-4
 
 
 def test_the_step_is_the_gradient_of_the_loss_written_out():
