@@ -189,12 +189,20 @@ class SecondJudgeConfig(JudgeConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to a tenth."""
+    """AdamW after clipping by the global norm; a linear warm-up, then a schedule to the last step."""
 
     learning_rate: float = 1e-3
     """Where the warm-up ends."""
     warmup_steps: int = 20
     """Steps in which the learning rate rises from 0, in a line."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; `constant` does not."""
+    final_share: float = 0.1
+    """Share of the learning rate that is left at the last step."""
+    beta1: float = 0.9
+    """Of AdamW: decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """Of AdamW: decay of the mean of their squares."""
     weight_decay: float = 0.01
     """Of AdamW, of all parameters alike."""
     max_grad_norm: float = 1.0
@@ -375,8 +383,10 @@ def _replace(section: Any, table: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _nearest(name: str, prefix: str, siblings: list[str]) -> str:
-    """The known key closest to ``prefix + name``: a sibling spelt alike, else the same name in another table."""
-    alike = difflib.get_close_matches(name, siblings, n=1)
+    """The known key closest to ``prefix + name``: a sibling spelt alike or with these initials, else the same name in
+    another table."""
+    initials = [sibling for sibling in siblings if "".join(word[0] for word in sibling.split("_")) == name]
+    alike = initials or difflib.get_close_matches(name, siblings, n=1)
     elsewhere = [key for key in flatten(Config()) if key.rpartition(".")[2] == name]
     if not alike and elsewhere:
         return elsewhere[0]

@@ -26,7 +26,7 @@ NOT_NEGATIVE = {
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
     "lora_rank", "warm_start.steps",
 }
-SHARE = {"max_refused_share", "clip_low", "max_failed_share"}
+SHARE = {"max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2"}
 # fmt: on
 OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets"}
 """Settings whose bounds stand in ``_problems``."""

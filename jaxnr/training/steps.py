@@ -46,18 +46,22 @@ class ScoredBatch(Batch):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; linear warm-up, then cosine decay to a tenth."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, max(steps - 1, 0)),
-        decay_steps=max(steps, 1),
-        end_value=config.learning_rate / 10,
-    )
+    """AdamW after clipping by the global norm, under ``learning_rate``."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
+        optax.adamw(learning_rate(config, steps), config.beta1, config.beta2, weight_decay=config.weight_decay),
     )
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """A linear warm-up from 0, and from there to ``steps`` as ``config.schedule`` says."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, max(steps - 1, 0))
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1), config.final_share),
+        "linear": optax.linear_schedule(peak, config.final_share * peak, max(steps - warmup, 1)),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def create_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

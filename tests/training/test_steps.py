@@ -19,6 +19,7 @@ from jaxnr.training.steps import (
     Batch,
     ScoredBatch,
     create_state,
+    learning_rate,
     make_distill_step,
     make_grpo_step,
     make_optimizer,
@@ -211,6 +212,25 @@ def test_warm_up_starts_at_zero_and_the_rate_decays_to_a_tenth():
     np.testing.assert_allclose(sizes[:3], [0, 0.5, 1], rtol=1e-3, atol=1e-6)
     assert sizes[10] == pytest.approx(0.1, rel=1e-3)
     assert all(a >= b for a, b in itertools.pairwise(sizes[2:]))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "end"), [("cosine", 0.6, 0.2), ("linear", 0.6, 0.2), ("constant", 1.0, 1.0)]
+)
+def test_schedules_go_from_the_warm_up_to_their_share_of_the_rate(schedule, halfway, end):
+    config = OptimizerConfig(learning_rate=3.0, warmup_steps=4, schedule=schedule, final_share=0.2)
+    rate = learning_rate(config, 24)
+    np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 14, 24)], np.multiply(3, [0, 0.5, 1, halfway, end]))
+    assert float(learning_rate(dataclasses.replace(config, warmup_steps=0), 24)(0)) == 3.0
+
+
+def test_the_betas_are_those_of_the_config():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="constant", beta1=0.5, beta2=0.5)
+    optimizer = make_optimizer(config, 10)
+    params = {"x": jnp.float32(0.0)}
+    _, opt_state = optimizer.update({"x": jnp.float32(0.5)}, optimizer.init(params), params)
+    moments = opt_state[1][0]
+    assert (float(moments.mu["x"]), float(moments.nu["x"])) == (0.25, 0.125)
 
 
 @pytest.mark.parametrize("sizes", [None, "data 2, fsdp 2, tensor 2"])
