@@ -30,15 +30,16 @@ from jaxnr.files import read_json, write_json_lines, write_text
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.progress import progress
+from jaxnr.prompting.output import ParsedList
 from jaxnr.prompting.tokenizer import load_tokenizer
-from jaxnr.rewards.composite import RewardModel, summarise
+from jaxnr.rewards.composite import RewardModel, Scored, summarise
 from jaxnr.rewards.judge import Judge, OpenedWhenAsked, open_judge
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
-from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out
+from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out, roll_out_and_score
 from jaxnr.training.start import make_decoder, pretrained_params
 from jaxnr.training.steps import (
     Batch,
@@ -255,32 +256,48 @@ def train_teacher(road: Road) -> None:
 def reinforce(
     road: Road, stage: str, policy: Policy, state: TrainState, update: Callable, rewards: RewardModel, steps: int
 ) -> None:
-    """Dr.GRPO from ``state``: sample, reward, step."""
+    """Dr.GRPO from ``state``."""
+    road.train(
+        stage,
+        state,
+        reinforcement(road, policy, update, rewards),
+        section="grpo",
+        steps=steps,
+        validate=lambda params: recall_at_10(road, policy, params),
+        validate_every=road.config.grpo.validate_every,
+    )
+
+
+def reinforcement(
+    road: Road, policy: Policy, update: Callable, rewards: Callable[[Sequence[Example], list[list[ParsedList]]], Scored]
+) -> Callable[[TrainState, list[Example], int], tuple[TrainState, dict]]:
+    """The step of the host loop: sample, reward, ``update``."""
     config = road.config.grpo
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
-        rollout = road.roll_out(policy, state.params, examples, config.group_size, config.temperature, index)
-        scored = rewards(examples, rollout.lists)
+        rollout, scores = roll_out_and_score(
+            policy,
+            state.params,
+            examples,
+            lambda examples, lists: rewards(examples, lists).by_name,
+            config.microbatches,
+            samples=config.group_size,
+            seed=road.config.seed,
+            step=index,
+            settings=SamplingSettings(temperature=config.temperature),
+        )
         batch = ScoredBatch(
             rollout.batch.prompt_BS,
             rollout.batch.prompt_mask_BS,
             rollout.batch.completion_BGT,
             rollout.batch.mask_BGT,
             old_logprobs_BGT=rollout.completions.logprobs_BGT,
-            reward_BG=jax.device_put(scored.total_BG, rollout.completions.cut_BG.sharding),
+            reward_BG=jax.device_put(scores["total"], rollout.completions.cut_BG.sharding),
         )
         state, metrics = update(state, batch)
-        return state, metrics | summarise(scored)
+        return state, metrics | summarise(scores)
 
-    road.train(
-        stage,
-        state,
-        step,
-        section="grpo",
-        steps=steps,
-        validate=lambda params: recall_at_10(road, policy, params),
-        validate_every=config.validate_every,
-    )
+    return step
 
 
 def distill_student(road: Road) -> None:

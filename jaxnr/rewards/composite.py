@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ class Scored:
     """Their weighted sum."""
     found: Retrieved
 
+    @property
+    def by_name(self) -> dict[str, np.ndarray]:
+        """The five, and their sum as ``total``."""
+        return {**self.rewards, "total": self.total_BG}
+
 
 class RewardModel:
     """Scores lists: text is embedded once, everything after is arrays.
@@ -97,6 +102,8 @@ class RewardModel:
 
     def __call__(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Scored:
         """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G)."""
+        # First: an endpoint is asked while the device is still busy with other lists.
+        judged = self.judged_by(self.judge, examples, lists) if self.judge else {}
         found = self.retrieve(examples, lists)
         criteria_NC = np.array([*map(self._criteria_of, found.texts), (0.0,) * len(CRITERIA)], np.float32)
         rubrics = self._rubrics_of(examples)
@@ -108,7 +115,7 @@ class RewardModel:
             facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
             weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
             valid_BG=structure(lists),
-            judged=self.judged_by(self.judge, examples, lists) if self.judge else {},
+            judged=judged,
             calibration=self.calibration,
             weights=self.config.reward,
         )
@@ -262,13 +269,13 @@ def combine(rewards: dict[str, jax.Array], weights: RewardConfig, valid_BG: jax.
     return jnp.where(valid_BG > 0, jnp.stack(weighted).sum(0), 0.0)
 
 
-def summarise(scored: Scored) -> dict[str, float]:
-    """For each reward and the total, judge failures aside: mean, mean spread (standard deviation) within a group, and
+def summarise(rewards: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """For each of ``Scored.by_name``, judge failures aside: mean, mean spread (standard deviation) within a group, and
     the share of groups in which it is constant and so teaches nothing; as ``reward/<name>/mean`` and so on. And
     ``reward/failed``, the share of lists without a total.
     """
-    summary = {"reward/failed": float(np.isnan(scored.total_BG).mean())}
-    for name, reward_BG in {**scored.rewards, "total": scored.total_BG}.items():
+    summary = {"reward/failed": float(np.isnan(rewards["total"]).mean())}
+    for name, reward_BG in rewards.items():
         known = np.ma.masked_invalid(reward_BG.astype(np.float64))
         spread_B = known.std(axis=1)
         summary[f"reward/{name}/mean"] = _number(known.mean())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +22,7 @@ from jaxnr.prompting.output import ParsedList, parse_list
 from jaxnr.prompting.prompt import as_shown, encode_prompt, pad_prompts
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import Completions, SamplingSettings, make_sampler
-from jaxnr.training.steps import Batch
+from jaxnr.training.steps import Batch, merge_batch, split_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +93,79 @@ def roll_out(
     settings: SamplingSettings,
 ) -> Rollout:
     """Samples ``samples`` lists for each example; (seed, step, example id, sample index) names each of them."""
-    prompt_BS, mask_BS = place_prompts(policy, examples)
+    prompts = place_prompts(policy, examples)
+    completions = _sample(policy, params, examples, prompts, samples, seed, step, settings)
+    batch = Batch(*prompts, completions.tokens_BGT, completions.mask_BGT)
+    return Rollout(batch, completions, read_lists(policy, completions))
+
+
+def roll_out_and_score(
+    policy: Policy,
+    params: dict,
+    examples: Sequence[Example],
+    score: Callable[[Sequence[Example], list[list[ParsedList]]], Mapping[str, np.ndarray]],
+    microbatches: int,
+    *,
+    samples: int,
+    seed: int,
+    step: int,
+    settings: SamplingSettings,
+) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """``roll_out``, with the arrays [B, G] that ``score(examples, lists)`` gives for it.
+
+    Goes a microbatch at a time (see ``split_batch``): while the lists of one are read and scored, in a thread of its
+    own, the device samples the next.
+    """
+    prompts = place_prompts(policy, examples)
+    parts = split_batch(prompts, microbatches)
+    examples_of = [examples[number::microbatches] for number in range(microbatches)]
+
+    def sample(number: int) -> Completions:  # returns at once: the device goes on by itself
+        prompt_BS, mask_BS = jax.tree.map(lambda x: jax.device_put(x[number], batch_sharding(policy.mesh)), parts)
+        return _sample(policy, params, examples_of[number], (prompt_BS, mask_BS), samples, seed, step, settings)
+
+    sampled, lists, scoring = [sample(0)], [], []
+    with ThreadPoolExecutor(max_workers=1) as scorer:
+        for number in range(microbatches):
+            if number + 1 < microbatches:
+                sampled.append(sample(number + 1))
+            lists.append(read_lists(policy, sampled[number]))
+            scoring.append(scorer.submit(score, examples_of[number], lists[number]))
+    scores = [dict(future.result()) for future in scoring]
+    completions = _merger(policy.mesh)(sampled)
+    batch = Batch(*prompts, completions.tokens_BGT, completions.mask_BGT)
+    merged_lists = [lists[place % microbatches][place // microbatches] for place in range(len(examples))]
+    merged_scores = {name: merge_batch(np.stack([part[name] for part in scores])) for name in scores[0]}
+    return Rollout(batch, completions, merged_lists), merged_scores
+
+
+@functools.cache
+def _merger(mesh: Mesh) -> Callable:
+    """Compiled: the completions of a whole batch from those of its microbatches."""
+
+    def merge(parts: list[Completions]) -> Completions:
+        return merge_batch(jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts))
+
+    return jax.jit(merge, out_shardings=batch_sharding(mesh))
+
+
+def _sample(
+    policy: Policy,
+    params: dict,
+    examples: Sequence[Example],
+    prompts: tuple[jax.Array, jax.Array],
+    samples: int,
+    seed: int,
+    step: int,
+    settings: SamplingSettings,
+) -> Completions:
+    """Completions of the examples' placed prompts."""
     prompt_ids_B = jax.device_put(
         np.array([example.example_id for example in examples], np.int32), batch_sharding(policy.mesh)
     )
-    completions = policy.sampler(
+    return policy.sampler(
         params,
-        prompt_BS,
-        mask_BS,
+        *prompts,
         prompt_ids_B,
         np.arange(samples, dtype=np.int32),
         np.int32(seed),
@@ -105,8 +173,6 @@ def roll_out(
         settings,
         np.array([policy.tokenizer.eos_token_id, policy.pad_id], np.int32),
     )
-    batch = Batch(prompt_BS, mask_BS, completions.tokens_BGT, completions.mask_BGT)
-    return Rollout(batch, completions, read_lists(policy, completions))
 
 
 class Chunk(NamedTuple):

@@ -158,7 +158,7 @@ def test_summary_leaves_judge_failures_out(model):
         np.full((3, 3), np.nan, np.float32),
         found=None,
     )
-    summary = summarise(scored)
+    summary = summarise(scored.by_name)
     assert summary["reward/coverage/mean"] == pytest.approx(0.42)
     assert summary["reward/coverage/spread"] == pytest.approx(0.05)
     assert summary["reward/coverage/constant"] == pytest.approx(0.5)
@@ -194,8 +194,8 @@ def test_a_judge_stands_in_for_similarity_and_term_statistics(model):
     np.testing.assert_array_equal(np.isnan(judged.total_BG), [[False, True, False], [False] * 3])
     weighted = sum(getattr(CONFIG.reward, name) * reward_BG for name, reward_BG in judged.rewards.items())
     np.testing.assert_allclose(judged.total_BG, weighted, atol=1e-6)
-    assert summarise(judged)["reward/failed"] == pytest.approx(1 / 6)
-    assert not np.isnan(summarise(judged)["reward/coverage/mean"])
+    assert summarise(judged.by_name)["reward/failed"] == pytest.approx(1 / 6)
+    assert not np.isnan(summarise(judged.by_name)["reward/coverage/mean"])
 
 
 def test_the_questions_of_a_user_are_made_once_and_follow_the_rubric(model):

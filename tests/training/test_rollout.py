@@ -1,21 +1,25 @@
 """Rollouts: completions as parsed lists, and chunks of one shape."""
 
+import dataclasses
+import threading
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_decoder
+from tiny import random_params, tiny_decoder
 
 from jaxnr.config import MeshConfig, PromptConfig
 from jaxnr.data.examples import Example, Signal
+from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
 from jaxnr.prompting.output import ParsedList, format_list
 from jaxnr.prompting.prompt import as_shown, encode_completion, encode_prompt
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.rewards.specificity import TermStatistics
-from jaxnr.sampling.sampler import Completions
-from jaxnr.training.rollout import make_policy, padded_chunks, place_prompts, read_lists
+from jaxnr.sampling.sampler import Completions, SamplingSettings
+from jaxnr.training.rollout import make_policy, padded_chunks, place_prompts, read_lists, roll_out, roll_out_and_score
 
 CFG = PromptConfig(
     signal_words=0, max_prompt_tokens=80, prompt_buckets=(60, 80), max_new_tokens=24, min_queries=1, max_queries=4
@@ -100,3 +104,61 @@ def test_chunks_hold_every_example_once_and_have_one_shape(numbers, size):
         assert len(chunk.padded) == size
         assert chunk.padded[: len(chunk.examples)] == chunk.examples
         assert set(chunk.padded[len(chunk.examples) :]) <= {chunk.examples[-1]}
+
+
+DRAW = {"samples": 2, "seed": 0, "step": 3, "settings": SamplingSettings()}
+
+
+def readers(count: int) -> list[Example]:
+    """Examples with prompts of different lengths."""
+    return [
+        Example(
+            number, f"u{number}", 10, tuple(Signal(5, "search", TEXTS[n % 3], None) for n in range(1 + number)), (), ()
+        )
+        for number in range(count)
+    ]
+
+
+def length_of(examples, lists) -> dict[str, np.ndarray]:
+    """A score that tells of which example and which sample it is."""
+    counts = [[len(parsed.queries) for parsed in group] for group in lists]
+    return {"total": np.array([example.example_id for example in examples])[:, None] + 0.1 * np.array(counts)}
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_microbatches_sample_and_score_what_one_batch_does(policy, microbatches):
+    params, examples = random_params(policy.model), readers(4)
+    whole = roll_out(policy, params, examples, **DRAW)
+    rollout, scores = roll_out_and_score(policy, params, examples, length_of, microbatches, **DRAW)
+    np.testing.assert_array_equal(rollout.batch.completion_BGT, whole.batch.completion_BGT)
+    np.testing.assert_array_equal(rollout.batch.mask_BGT, whole.batch.mask_BGT)
+    np.testing.assert_allclose(rollout.completions.logprobs_BGT, whole.completions.logprobs_BGT, atol=1e-5)
+    assert rollout.lists == whole.lists
+    np.testing.assert_array_equal(scores["total"], length_of(examples, whole.lists)["total"])
+
+
+def test_the_next_microbatch_is_sampled_while_one_is_scored(policy):
+    """The first score waits for the third microbatch, which is asked for once the second's lists are read."""
+    calls, third = [], threading.Event()
+
+    def sampler(*arguments):
+        calls.append(policy.sampler(*arguments))
+        if len(calls) == 3:
+            third.set()
+        return calls[-1]
+
+    def score(examples, lists):
+        assert third.wait(timeout=60)
+        return length_of(examples, lists)
+
+    watched = dataclasses.replace(policy, sampler=sampler)
+    roll_out_and_score(watched, random_params(policy.model), readers(4), score, 4, **DRAW)
+    assert len(calls) == 4
+
+
+def test_what_a_score_raises_is_raised(policy):
+    def score(examples, lists):
+        raise InputError("no judge")
+
+    with pytest.raises(InputError, match="no judge"):
+        roll_out_and_score(policy, random_params(policy.model), readers(2), score, 2, **DRAW)
