@@ -253,7 +253,8 @@ class GrpoConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """On-policy distillation of the supervised student: its own samples, reverse KL to the teacher."""
+    """On-policy distillation of the supervised student: its own samples, and at each token a divergence between its
+    distribution and the teacher's."""
 
     steps: int = 100
     """Each samples from the student and updates it once."""
@@ -265,6 +266,14 @@ class DistillConfig:
     """Parts that the prompts of a step are split into; their gradients add up to the step's, in less memory."""
     temperature: float = 1.0
     """Of sampling, and of both distributions that the divergence compares."""
+    divergence: Literal["reverse_kl", "jsd", "sampled_token", "sampled_token_control_variate"] = "reverse_kl"
+    """KL(student ‖ teacher) over the whole vocabulary, the generalised Jensen-Shannon divergence, or an estimate of the
+    former's gradient from the sampled token alone, with or without a baseline."""
+    jsd_beta: float = 0.5
+    """Share of the teacher in the mixture that `jsd` compares both with: near 0 it acts like KL(teacher ‖ student),
+    near 1 like KL(student ‖ teacher), and its size shrinks at both ends."""
+    prefix_tokens: int = 0
+    """Only the first so many tokens of each list count; 0 for all."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.0)
 
 

@@ -24,11 +24,11 @@ POSITIVE = {
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
-    "lora_rank", "warm_start.steps",
+    "lora_rank", "warm_start.steps", "prefix_tokens",
 }
 SHARE = {"max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2"}
 # fmt: on
-OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets"}
+OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta"}
 """Settings whose bounds stand in ``_problems``."""
 
 
@@ -88,6 +88,8 @@ def _problems(config: Config) -> Iterator[str]:
             yield f"`{name}.head_dim` is {model.head_dim}, expected an even number: rotary embeddings turn pairs"
     if config.grpo.group_size < 2:
         yield f"`grpo.group_size` is {config.grpo.group_size}, expected at least 2: an advantage compares completions"
+    if not 0 < config.distill.jsd_beta < 1:
+        yield f"`distill.jsd_beta` is {config.distill.jsd_beta}, expected a number between 0 and 1, without these two"
     best_of_n = config.evaluation.best_of_n
     if not best_of_n or list(best_of_n) != sorted(set(best_of_n)):
         yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers, at least one"

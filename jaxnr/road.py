@@ -335,7 +335,7 @@ def distill_student(road: Road) -> None:
 
 
 def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy, teacher_params: dict) -> None:
-    """The student samples, and moves towards the teacher on its own samples by reverse KL (paper, stage 3)."""
+    """The student samples, and moves towards the teacher on its own samples (paper, stage 3)."""
     config = road.config.distill
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = create_state(params, optimizer, road.mesh)

@@ -95,29 +95,6 @@ def dr_grpo_loss(
     return -jnp.sum(mask_BGT * surrogate) / (rows * budget)
 
 
-def reverse_kl(
-    student_hidden: jax.Array,
-    student_head_VD: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head_VD: jax.Array,
-    *,
-    vocabulary_size: int,
-    temperature: jax.Array | float = 1.0,
-) -> jax.Array:
-    """Exact KL(student ‖ teacher) of each token, over the full vocabulary; hidden states are [..., D] and [..., D'].
-
-    One pass: Σ p (z_s − z_t) − log Z_s + log Z_t (on-policy distillation, paper stage 3).
-    """
-
-    def chunk(student_ND: jax.Array, teacher_ND: jax.Array) -> jax.Array:
-        student = jax.nn.log_softmax(logits_NV(student_ND, student_head_VD, vocabulary_size) / temperature)
-        teacher = jax.nn.log_softmax(logits_NV(teacher_ND, teacher_head_VD, vocabulary_size) / temperature)
-        return jnp.sum(jnp.exp(student) * (student - teacher), axis=-1)
-
-    rows = (student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1]))
-    return map_chunks(chunk, rows).reshape(student_hidden.shape[:-1])
-
-
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of the values where the mask holds; 0 where it holds nowhere."""
     return jnp.sum(mask * values) / jnp.maximum(jnp.sum(mask), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,9 @@ from jaxnr.config import DistillConfig, GrpoConfig, OptimizerConfig
 from jaxnr.mesh import batch_sharding, replicated, tree_shardings
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.models.lora import trainable, with_trainable
-from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, reverse_kl, token_logprobs
+from jaxnr.training import distillation_losses
+from jaxnr.training.distillation_losses import TokenLoss, token_losses
+from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, token_logprobs
 
 
 @flax.struct.dataclass
@@ -243,22 +246,53 @@ def make_distill_step(
     vocabulary_size: int,
     config: DistillConfig,
 ) -> Callable:
-    """``step(state, teacher_params, batch)``: exact reverse KL on the student's samples, no gradient through them."""
+    """``step(state, teacher_params, batch)``: the chosen divergence on the student's samples, no gradient through them.
+
+    ``reverse_kl`` of the metrics is exact whatever the divergence.
+    """
+    token_loss = _token_loss(config)
 
     def step(state: TrainState, teacher_params: dict, batch: Batch) -> tuple[TrainState, dict]:
-        def loss_fn(params: dict, batch: Batch, totals: Totals) -> tuple[jax.Array, tuple]:
-            kl_BGT = reverse_kl(
+        def loss_fn(params: dict, batch: Batch, totals: Totals) -> tuple[jax.Array, jax.Array]:
+            losses_BGT, kl_BGT = token_losses(
+                token_loss,
                 _hidden_states(student, params, batch),
                 head_VD(params),
-                jax.lax.stop_gradient(_hidden_states(teacher, teacher_params, batch)),
+                _hidden_states(teacher, teacher_params, batch),
                 head_VD(teacher_params),
+                batch.completion_BGT,
                 vocabulary_size=vocabulary_size,
                 temperature=config.temperature,
             )
-            return jnp.sum(batch.mask_BGT * kl_BGT) / jnp.maximum(totals.tokens, 1), ()
+            return jnp.sum(batch.mask_BGT * losses_BGT) / jnp.maximum(totals.tokens, 1), kl_BGT
 
-        state, metrics, _ = _step_down(loss_fn, state, optimizer, batch, batch.mask_BGT, mesh, config.microbatches)
+        counted = _prefix(batch, config.prefix_tokens)
+        state, metrics, kl_BGT = _step_down(
+            loss_fn, state, optimizer, counted, counted.mask_BGT, mesh, config.microbatches
+        )
         tokens = jnp.mean(jnp.sum(batch.mask_BGT, axis=-1))
-        return state, metrics | {"reverse_kl": metrics["loss"], "completion_tokens": tokens}
+        return state, metrics | {"reverse_kl": masked_mean(kl_BGT, counted.mask_BGT), "completion_tokens": tokens}
 
     return _jit_step(step, state, mesh, constants=1)
+
+
+def _token_loss(config: DistillConfig) -> TokenLoss:
+    match config.divergence:
+        case "reverse_kl":
+            return lambda log_p_NV, log_q_NV, _: distillation_losses.reverse_kl(log_p_NV, log_q_NV)
+        case "jsd":
+            return lambda log_p_NV, log_q_NV, _: distillation_losses.generalized_jsd(
+                log_p_NV, log_q_NV, config.jsd_beta
+            )
+        case "sampled_token":
+            return distillation_losses.sampled_token
+        case "sampled_token_control_variate":
+            return distillation_losses.sampled_token_control_variate
+
+
+def _prefix(batch: Batch, tokens: int) -> Batch:
+    """The batch with the first ``tokens`` of each completion, 0 for all. No earlier token sees what is cut off."""
+    if tokens == 0:
+        return batch
+    completion_BGT, mask_BGT = batch.completion_BGT[..., :tokens], batch.mask_BGT[..., :tokens]
+    return dataclasses.replace(batch, completion_BGT=completion_BGT, mask_BGT=mask_BGT)

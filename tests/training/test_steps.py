@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from jaxnr.config import DistillConfig, GrpoConfig, MeshConfig, OptimizerConfig
 from jaxnr.mesh import batch_sharding, make_mesh, tree_shardings
 from jaxnr.models.decoder import head_VD, init_params
 from jaxnr.sampling.sampler import SamplingSettings, make_sampler
+from jaxnr.training.distillation_losses import (
+    generalized_jsd,
+    reverse_kl,
+    sampled_token,
+    sampled_token_control_variate,
+)
 from jaxnr.training.steps import (
     Batch,
     ScoredBatch,
@@ -55,8 +62,11 @@ def batch() -> ScoredBatch:
     )
 
 
-def take_step(kind: str, mesh, microbatches: int = 1):
-    """New parameters and metrics of one plain gradient step (SGD, rate 1), so that parameters carry the gradient."""
+def take_step(kind: str, mesh, microbatches: int = 1, **distill):
+    """New parameters and metrics of one plain gradient step (SGD, rate 1), so that parameters carry the gradient.
+
+    ``distill`` are fields of DistillConfig.
+    """
     optimizer = optax.sgd(1.0)
     state = create_state(PARAMS, optimizer, mesh)
     scored = jax.device_put(batch(), batch_sharding(mesh))
@@ -68,7 +78,8 @@ def take_step(kind: str, mesh, microbatches: int = 1):
         step, arguments = make_grpo_step(MODEL, optimizer, state, mesh, V, config), (scored,)
     else:
         teacher_params = jax.device_put(TEACHER_PARAMS, tree_shardings(TEACHER_PARAMS, mesh))
-        step = make_distill_step(MODEL, TEACHER, optimizer, state, mesh, V, DistillConfig(microbatches=microbatches))
+        config = DistillConfig(microbatches=microbatches, **distill)
+        step = make_distill_step(MODEL, TEACHER, optimizer, state, mesh, V, config)
         arguments = (teacher_params, plain)
     state, metrics = quick(step)(state, *arguments)
     gradient = jax.tree.map(lambda before, after: np.asarray(before) - np.asarray(after), PARAMS, state.params)
@@ -172,6 +183,48 @@ def test_the_step_is_the_gradient_of_the_loss_written_out():
     value, expected = quick(jax.jit(jax.value_and_grad(loss)))(PARAMS)
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
     assert relative_gap(gradient, expected) < 1e-5
+
+
+LOSSES = {
+    "reverse_kl": lambda log_p, log_q, _: reverse_kl(log_p, log_q),
+    "jsd": lambda log_p, log_q, _: generalized_jsd(log_p, log_q, 0.2),
+    "sampled_token": sampled_token,
+    "sampled_token_control_variate": sampled_token_control_variate,
+}
+
+
+@pytest.mark.parametrize(
+    ("divergence", "prefix_tokens", "microbatches"),
+    [
+        ("reverse_kl", 0, 1),
+        ("reverse_kl", 1, 1),
+        ("jsd", 3, 1),
+        ("sampled_token", 0, 1),
+        ("sampled_token_control_variate", 3, 4),
+    ],
+)
+def test_the_distillation_step_is_the_gradient_of_the_chosen_divergence(divergence, prefix_tokens, microbatches):
+    """Against the loss over all logits at once, where a prefix is a mask over the whole completions."""
+    settings = {"divergence": divergence, "jsd_beta": 0.2, "temperature": 0.8, "prefix_tokens": prefix_tokens}
+    gradient, metrics, _ = take_step("distill", one_device(), microbatches, **settings)
+    data = batch()
+    mask_BGT = data.mask_BGT & (np.arange(T) < (prefix_tokens or T))
+
+    def log_softmax(model, params):
+        hidden = model.apply(
+            {"params": params}, data.prompt_BS, data.prompt_mask_BS, data.completion_BGT, method="shared"
+        )
+        return jax.nn.log_softmax(hidden @ head_VD(params)[:V].T / 0.8).reshape(B * G * T, V)
+
+    def mean(divergence, params):
+        log_p, log_q = log_softmax(MODEL, params), log_softmax(TEACHER, TEACHER_PARAMS)
+        return LOSSES[divergence](log_p, log_q, data.completion_BGT.reshape(-1))[mask_BGT.reshape(-1)].mean()
+
+    value, expected = quick(jax.jit(jax.value_and_grad(partial(mean, divergence))))(PARAMS)
+    assert relative_gap(gradient, expected) < 1e-4  # the step carries it as a difference of parameters
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
+    assert metrics["reverse_kl"] == pytest.approx(float(mean("reverse_kl", PARAMS)), rel=1e-5)
+    assert metrics["completion_tokens"] == pytest.approx(data.mask_BGT.sum(-1).mean())
 
 
 def test_parameters_and_both_moments_are_sharded_by_the_table():
