@@ -47,6 +47,9 @@ class DataConfig:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a decoder's layer, which can have adapters."""
 
+Remat = Literal["none", "dots", "layers"]
+"""How much a decoder computes again in the backward pass (rematerialisation)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -81,8 +84,10 @@ class ModelConfig:
     """Base of the rotary position embeddings."""
     rms_norm_eps: float = 1e-6
     """What norms add to the mean square."""
-    remat: bool = False
-    """Compute activations again for the gradients: a third more arithmetic, for the memory of one layer."""
+    remat: Remat = "none"
+    """What is computed again for the gradients, to save memory. `none`: nothing, the activations of all layers are kept.
+    `dots`: all but the outputs of the projections, that is attention's products, norms and activations, for little
+    more arithmetic. `layers`: each layer from its input, which alone is kept, for a third more arithmetic."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

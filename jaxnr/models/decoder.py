@@ -5,7 +5,7 @@ attend to the prompt's keys and values, which are never repeated G times, and to
 itself. The same layer serves training (both streams), prefill (prompt alone) and decoding (one new token a completion,
 with the prompt's and the completion's past in a cache), so sampling and training cannot drift apart.
 
-Layers are one scanned, rematerialised block: compile time does not grow with depth.
+Layers are one scanned block, rematerialised as ``Remat`` says: compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxnr.config import Remat
 from jaxnr.errors import InputError
 from jaxnr.models.lora import NO_LORA, LoraConfig, Projection
 from jaxnr.models.weights import Row, read_json
@@ -281,12 +282,16 @@ class Block(nn.Module):
         return (prompt, own), computed
 
 
+_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": None}
+"""What the backward pass finds of a layer beyond its input: the outputs of its projections, or nothing."""
+
+
 class Decoder(nn.Module):
     """Embedding, scanned blocks, final norm. Heads are applied outside, in chunks (see training/losses.py)."""
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = True
+    remat: Remat = "layers"
     lora: LoraConfig = NO_LORA
 
     def setup(self) -> None:
@@ -295,7 +300,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init
         )
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_KEPT[self.remat])
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

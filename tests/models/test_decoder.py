@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import TINY, UNOPTIMISED, left_padded, random_params, relative_gap, tiny_decoder
 
+from jaxnr.config import Remat
 from jaxnr.models.decoder import (
     Cache,
     Decoder,
@@ -219,7 +221,7 @@ def test_the_program_does_not_grow_with_depth():
 def test_the_backward_pass_keeps_little_more_than_the_residual_stream_of_each_layer():
     tokens_BS, mask_BS = left_padded([64] * 4, 64)
 
-    def kept(remat: bool) -> int:  # scalars saved for the backward pass, beyond the parameters
+    def kept(remat: Remat) -> int:  # scalars saved for the backward pass, beyond the parameters
         model = Decoder(dataclasses.replace(TINY, num_hidden_layers=16), remat=remat)
         params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         _, backward = jax.eval_shape(
@@ -228,7 +230,26 @@ def test_the_backward_pass_keeps_little_more_than_the_residual_stream_of_each_la
         return parameter_count(backward) - parameter_count(params)
 
     stream = 16 * tokens_BS.size * TINY.hidden_size
-    assert kept(remat=True) < 2 * stream < kept(remat=False) / 4
+    projected = 16 * tokens_BS.size * 2 * (TINY.hidden_size + TINY.intermediate_size)  # a lower bound
+    assert kept("layers") < 2 * stream < stream + projected < kept("dots") < kept("none")
+    assert kept("none") > 8 * stream
+
+
+def test_remat_policies_give_the_same_gradients_and_need_the_less_memory_the_more_they_recompute():
+    batch = (*left_padded([48, 31], 48), np.random.default_rng(0).integers(0, 61, (2, 4, 24)).astype(np.int32))
+    params = random_params(tiny_decoder(num_hidden_layers=12))
+    found, memory = {}, {}
+    for remat in get_args(Remat):
+        model = Decoder(dataclasses.replace(TINY, num_hidden_layers=12), remat=remat)
+
+        def loss(params, model=model):
+            return jnp.mean(model.apply({"params": params}, *batch, method="shared") ** 2)
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params).compile(UNOPTIMISED)
+        found[remat], memory[remat] = program(params), program.memory_analysis().temp_size_in_bytes
+    assert relative_gap(found["dots"], found["none"]) < 1e-5
+    assert relative_gap(found["layers"], found["none"]) < 1e-5
+    assert memory["none"] > 2 * memory["dots"] > 4 * memory["layers"]
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_is_near_float32():
