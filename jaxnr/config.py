@@ -85,9 +85,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     """What norms add to the mean square."""
     remat: Remat = "none"
-    """What is computed again for the gradients, to save memory. `none`: nothing, the activations of all layers are kept.
-    `dots`: all but the outputs of the projections, that is attention's products, norms and activations, for little
-    more arithmetic. `layers`: each layer from its input, which alone is kept, for a third more arithmetic."""
+    """What is computed again for the gradients, to save memory. `none`: nothing, all activations of every layer are
+    kept. `dots`: all but the outputs of the projections, that is attention's products, norms and activations, for
+    little more arithmetic. `layers`: each layer from its input, which alone is kept, for a third more arithmetic."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
