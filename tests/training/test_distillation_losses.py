@@ -170,8 +170,8 @@ def test_the_jsd_is_bounded_and_swaps_its_arguments_with_its_weights(seed, scale
         assert (divergence <= -beta * np.log(beta) - (1 - beta) * np.log1p(-beta) + 1e-12).all()
         np.testing.assert_allclose(divergence, generalized_jsd(log_q, log_p, 1 - beta), atol=1e-12)
         halves = generalized_jsd(log_p, log_q, 0.5)
-        np.testing.assert_allclose(halves, generalized_jsd(log_q, log_p, 0.5), atol=1e-14)
-        assert (halves <= np.log(2)).all()
+        np.testing.assert_allclose(halves, generalized_jsd(log_q, log_p, 0.5), atol=1e-12)
+        assert (halves <= np.log(2) + 1e-12).all()
 
 
 def test_two_distributions_without_a_common_token_have_a_jsd_of_log_two():
