@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -254,8 +253,10 @@ def make_grpo_step(
     ones: ρ is 1, and nothing is clipped.
     """
 
-    def loss_fn(params: dict, advantaged: tuple[ScoredBatch, jax.Array], totals: Totals) -> tuple[jax.Array, jax.Array]:
-        batch, advantages_BG = advantaged
+    def loss_fn(
+        params: dict, part: tuple[ScoredBatch, jax.Array, jax.Array], totals: Totals
+    ) -> tuple[jax.Array, jax.Array]:
+        batch, advantages_BG, mask_BGT = part
         logprobs_BGT = _logprobs(model, params, batch, vocabulary_size, config.temperature)
         old_BGT, weight_BGT = batch.old_logprobs_BGT, 1.0
         if config.importance_cap:
@@ -265,18 +266,16 @@ def make_grpo_step(
         if batch.reference_logprobs_BGT is not None:
             estimate = {"k2": kl_k2, "k3": kl_k3}[config.kl]
             penalty_BGT = config.kl_weight * estimate(logprobs_BGT, batch.reference_logprobs_BGT)
-        loss = _policy_loss(
-            config, logprobs_BGT, old_BGT, advantages_BG, batch.mask_BGT, totals, weight_BGT, penalty_BGT
-        )
+        loss = _policy_loss(config, logprobs_BGT, old_BGT, advantages_BG, mask_BGT, totals, weight_BGT, penalty_BGT)
         return loss, logprobs_BGT
 
     def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
         advantages_BG = _advantages(config, batch.reward_BG)  # of whole groups, whichever microbatch they are in
-        trained = batch
+        mask_BGT = batch.mask_BGT
         if config.loss == "dapo":
-            trained = dataclasses.replace(batch, mask_BGT=without_constant_groups(batch.mask_BGT, advantages_BG))
+            mask_BGT = without_constant_groups(mask_BGT, advantages_BG)
         state, metrics, logprobs_BGT = _step_down(
-            loss_fn, state, optimizer, (trained, advantages_BG), trained.mask_BGT, mesh, config.microbatches
+            loss_fn, state, optimizer, (batch, advantages_BG, mask_BGT), mask_BGT, mesh, config.microbatches
         )
         return state, metrics | _policy_metrics(config, batch, advantages_BG, logprobs_BGT)
 
