@@ -1,17 +1,20 @@
 """Policy updates in the jitted step: rollouts under the current weights, every loss and option, and the reference."""
 
 import dataclasses
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from test_steps import MESHES, MODEL, PARAMS, B, G, T, V, batch, one_device
 from tiny import left_padded, quick, random_params, relative_gap, tiny_decoder
 
-from jaxnr.config import GrpoConfig, MeshConfig, OptimizerConfig
+from jaxnr.config import Config, GrpoConfig, MeshConfig, ModelConfig, OptimizerConfig, SftConfig
 from jaxnr.mesh import batch_sharding, make_mesh, tree_shardings
 from jaxnr.models.lora import LoraConfig, trainable, with_trainable, without_adapters
+from jaxnr.road import reference_policy
 from jaxnr.sampling.sampler import SamplingSettings, make_sampler
 from jaxnr.training import policy_losses
 from jaxnr.training.steps import ScoredBatch, create_state, make_grpo_step, make_logprobs, make_optimizer
@@ -162,10 +165,29 @@ def test_without_its_adapters_a_model_is_what_it_was_before_they_were_trained():
     """The reference policy of a model with adapters: the same weights, which are in memory once."""
     adapted = tiny_decoder(num_hidden_layers=1).clone(lora=LoraConfig(rank=2))
     params = random_params(adapted, seed=3)
-    start = with_trainable(params, jax.tree.map(np.zeros_like, trainable(params)))
+    start = with_trainable(params, jax.tree.map(jnp.zeros_like, trainable(params)))
     data, mesh = batch(), make_mesh(MeshConfig(data=1), jax.devices()[:1])
     bare = quick(make_logprobs(MODEL, mesh, V, GrpoConfig()))(without_adapters(params), data)
     with_adapters = quick(make_logprobs(adapted, mesh, V, GrpoConfig()))
     np.testing.assert_allclose(bare, with_adapters(start, data), atol=1e-6)
     assert np.abs(np.asarray(bare) - np.asarray(with_adapters(params, data))).max() > 0.01
     assert without_adapters(params)["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
+
+
+@pytest.mark.parametrize(("rank", "warm_steps"), [(0, 5), (2, 5), (2, 0)], ids=["weights", "warm adapters", "adapters"])
+def test_the_reference_stays_the_policy_that_the_stage_began_with(rank, warm_steps):
+    model = MODEL.clone(lora=LoraConfig(rank=rank))
+    start = random_params(model, seed=4)
+    if not warm_steps:  # new adapters
+        start = with_trainable(start, jax.tree.map(jnp.zeros_like, trainable(start)))
+    mesh = one_device()
+    road = types.SimpleNamespace(
+        config=Config(teacher=ModelConfig(lora_rank=rank), warm_start=SftConfig(steps=warm_steps)), mesh=mesh
+    )
+    policy = types.SimpleNamespace(model=model, vocabulary_size=V)
+    expected = make_logprobs(model, mesh, V, GrpoConfig())(start, batch())
+    reference = reference_policy(road, policy, start)
+    later = with_trainable(start, jax.tree.map(lambda leaf: leaf + 0.1, trainable(start)))
+    jax.tree.map(lambda leaf: leaf.delete(), trainable(start))  # as the first step does, which donates them
+    np.testing.assert_allclose(reference(later, batch()), expected, atol=1e-5)
+    assert np.abs(np.asarray(make_logprobs(model, mesh, V, GrpoConfig())(later, batch())) - expected).max() > 0.01
