@@ -231,7 +231,7 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrpoConfig:
-    """Dr.GRPO (arXiv 2503.20783)."""
+    """Policy optimisation of the teacher: Dr.GRPO (arXiv 2503.20783), or one of its relatives."""
 
     steps: int = 50
     """Each samples, rewards, and updates the teacher once."""
@@ -242,10 +242,27 @@ class GrpoConfig:
     microbatches: int = 1
     """Parts that the prompts of a step are split into. Their gradients add up to the step's, in less memory; and while
     the lists of one are judged, the next is sampled."""
-    clip_low: float = 0.2
-    """A token of a poor list has no gradient once its probability has fallen by this share."""
-    clip_high: float = 0.2
-    """A token of a good list has no gradient once its probability has risen by this share."""
+    loss: Literal["dr_grpo", "grpo", "dapo", "gspo", "cispo"] = "dr_grpo"
+    """What the policy minimises (docs/training.md). `dapo` leaves out groups whose lists all have the same reward."""
+    advantages: Literal["dr_grpo", "grpo", "gdpo"] = "dr_grpo"
+    """The reward less its group's mean; `grpo` divides by the group's standard deviation, and `gdpo` standardises each
+    of the rewards in its group before they are summed, then the sums over the batch."""
+    clip_low: float = 0.0
+    """A token of a poor list has no gradient once its probability has fallen by this share. `gspo`: a whole list, by
+    the mean over its tokens; `cispo`: 1 less this is a token's least weight. 0: as the loss's paper has it."""
+    clip_high: float = 0.0
+    """A token of a good list has no gradient once its probability has risen by this share. `gspo`: a whole list, by
+    the mean over its tokens; `cispo`: 1 and this is a token's largest weight. 0: as the loss's paper has it."""
+    importance_cap: float = 0.0
+    """Largest weight of truncated importance sampling, which corrects for other probabilities in sampling than in
+    training; the clip is then measured from those in training. 0: no weights."""
+    overlong_tokens: int = 0
+    """The last tokens of the budget in which DAPO's length penalty falls from 0 to -1; added to the reward. 0: none."""
+    kl: Literal["k2", "k3"] = "k2"
+    """Term that holds the policy to the one it starts from: `k2` has the gradient of KL(policy ‖ start), `k3`, of the
+    GRPO paper, that of KL(start ‖ policy)."""
+    kl_weight: float = 0.0
+    """Of that term; 0: none, and no reference policy is run."""
     temperature: float = 1.0
     """Of sampling, and so of the policy that is updated."""
     uniform_steps: int = 15

@@ -18,13 +18,13 @@ POSITIVE = {
     "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rope_theta", "rms_norm_eps", "max_prompt_tokens",
     "prompt_buckets", "max_new_tokens", "min_queries", "max_queries", "max_query_words", "embedding_size",
     "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
-    "group_size", "clip_high", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
+    "group_size", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
     "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
-    "lora_rank", "warm_start.steps", "prefix_tokens",
+    "lora_rank", "warm_start.steps", "clip_high", "importance_cap", "overlong_tokens", "kl_weight", "prefix_tokens",
 }
 SHARE = {"max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2"}
 # fmt: on
@@ -90,6 +90,11 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"`grpo.group_size` is {config.grpo.group_size}, expected at least 2: an advantage compares completions"
     if not 0 < config.distill.jsd_beta < 1:
         yield f"`distill.jsd_beta` is {config.distill.jsd_beta}, expected a number between 0 and 1, without these two"
+    if config.grpo.overlong_tokens > prompt.max_new_tokens:
+        yield (
+            f"`grpo.overlong_tokens` is {config.grpo.overlong_tokens}, expected at most the budget that they are the "
+            f"last of, `prompt.max_new_tokens`, {prompt.max_new_tokens}"
+        )
     best_of_n = config.evaluation.best_of_n
     if not best_of_n or list(best_of_n) != sorted(set(best_of_n)):
         yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers, at least one"

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.checkpoint import Checkpoints
-from jaxnr.config import Config, RewardConfig, SftConfig
+from jaxnr.config import Config, GrpoConfig, RewardConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, split_times
 from jaxnr.data.pipeline import training_batches
@@ -29,16 +30,18 @@ from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import read_json, write_json_lines, write_text
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
+from jaxnr.models.lora import NO_LORA, trainable, with_trainable, without_adapters
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.prompting.tokenizer import load_tokenizer
-from jaxnr.rewards.composite import RewardModel, Scored, summarise
+from jaxnr.rewards.composite import REWARDS, RewardModel, Scored, summarise
 from jaxnr.rewards.judge import Judge, OpenedWhenAsked, open_judge
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
+from jaxnr.training.policy_losses import decoupled_reward, overlong_penalty
 from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out, roll_out_and_score
 from jaxnr.training.start import make_decoder, pretrained_params
 from jaxnr.training.steps import (
@@ -48,6 +51,7 @@ from jaxnr.training.steps import (
     create_state,
     make_distill_step,
     make_grpo_step,
+    make_logprobs,
     make_optimizer,
     make_sft_step,
 )
@@ -237,7 +241,7 @@ def warm_start(road: Road) -> None:
 
 
 def train_teacher(road: Road) -> None:
-    """Dr.GRPO with the configured reward weights and, for the comparison, with the paper's uniform ones.
+    """Policy optimisation with the configured reward weights and, for the comparison, with the paper's uniform ones.
 
     Both follow the schedule of ``grpo.steps``, the second for its first ``uniform_steps``.
     """
@@ -249,18 +253,63 @@ def train_teacher(road: Road) -> None:
     runs = [("grpo", road.rewards, config.steps)]
     if config.uniform_steps:
         runs.append(("grpo_uniform", road.rewards.with_weights(UNIFORM), min(config.uniform_steps, config.steps)))
+    reference = reference_policy(road, policy, start.params) if config.kl_weight else None
     for stage, rewards, steps in runs:
-        reinforce(road, stage, policy, jax.tree.map(jnp.copy, start), update, rewards, steps)
+        last = stage == runs[-1][0]  # may have the start itself; a step donates its state
+        reinforce(road, stage, policy, start if last else copied(start), update, rewards, steps, reference)
+
+
+def copied(tree):
+    """The same arrays in memory of their own."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def reference_policy(road: Road, policy: Policy, start: dict) -> Callable[[dict, Batch], jax.Array]:
+    """``logprobs(params, batch)`` under the policy that the stage starts from, given the present parameters.
+
+    Of a model with adapters only these differ between the two, so the rest is not held twice; and where no warm start
+    has trained them they do nothing at the start, so the reference is the model without.
+    """
+    config = road.config
+    bare = bool(config.teacher.lora_rank) and not config.warm_start.steps
+    model = policy.model.clone(lora=NO_LORA) if bare else policy.model
+    logprobs = make_logprobs(model, road.mesh, policy.vocabulary_size, config.grpo)
+    if bare:
+        return lambda params, batch: logprobs(without_adapters(params), batch)
+    kept = copied(trainable(start))
+    return lambda params, batch: logprobs(with_trainable(params, kept), batch)
+
+
+def training_reward(
+    config: GrpoConfig, weights: RewardConfig, scores: Mapping[str, np.ndarray], mask_BGT: jax.Array
+) -> np.ndarray:
+    """What advantages come from [B, G], of ``Scored.by_name``: the total, or for GDPO the sum of the rewards as
+    standardised in their groups; and DAPO's length penalty, to GDPO a reward like the others."""
+    penalty_BG = np.asarray(overlong_penalty(mask_BGT, config.overlong_tokens)) if config.overlong_tokens else None
+    if config.advantages != "gdpo":
+        return scores["total"] if penalty_BG is None else scores["total"] + penalty_BG
+    weighted = [(scores[name], getattr(weights, name)) for name in REWARDS]
+    if penalty_BG is not None:
+        weighted.append((penalty_BG, 1.0))
+    rewards_K, weights_K = zip(*weighted, strict=True)
+    return np.asarray(decoupled_reward(jnp.stack(rewards_K), jnp.array(weights_K)))
 
 
 def reinforce(
-    road: Road, stage: str, policy: Policy, state: TrainState, update: Callable, rewards: RewardModel, steps: int
+    road: Road,
+    stage: str,
+    policy: Policy,
+    state: TrainState,
+    update: Callable,
+    rewards: RewardModel,
+    steps: int,
+    reference: Callable[[dict, Batch], jax.Array] | None,
 ) -> None:
-    """Dr.GRPO from ``state``."""
+    """Policy optimisation from ``state``."""
     road.train(
         stage,
         state,
-        reinforcement(road, policy, update, rewards),
+        reinforcement(road, policy, update, rewards, rewards.config.reward, reference),
         section="grpo",
         steps=steps,
         validate=lambda params: recall_at_10(road, policy, params),
@@ -269,9 +318,14 @@ def reinforce(
 
 
 def reinforcement(
-    road: Road, policy: Policy, update: Callable, rewards: Callable[[Sequence[Example], list[list[ParsedList]]], Scored]
+    road: Road,
+    policy: Policy,
+    update: Callable,
+    rewards: Callable[[Sequence[Example], list[list[ParsedList]]], Scored],
+    weights: RewardConfig,
+    reference: Callable[[dict, Batch], jax.Array] | None = None,
 ) -> Callable[[TrainState, list[Example], int], tuple[TrainState, dict]]:
-    """The step of the host loop: sample, reward, ``update``."""
+    """The step of the host loop: sample, reward, ``update``; with a ``reference``, under a KL term."""
     config = road.config.grpo
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
@@ -286,13 +340,15 @@ def reinforcement(
             step=index,
             settings=SamplingSettings(temperature=config.temperature),
         )
+        reward_BG = training_reward(config, weights, scores, rollout.batch.mask_BGT)
         batch = ScoredBatch(
             rollout.batch.prompt_BS,
             rollout.batch.prompt_mask_BS,
             rollout.batch.completion_BGT,
             rollout.batch.mask_BGT,
             old_logprobs_BGT=rollout.completions.logprobs_BGT,
-            reward_BG=jax.device_put(scores["total"], rollout.completions.cut_BG.sharding),
+            reward_BG=jax.device_put(reward_BG, rollout.completions.cut_BG.sharding),
+            reference_logprobs_BGT=reference(state.params, rollout.batch) if reference else None,
         )
         state, metrics = update(state, batch)
         return state, metrics | summarise(scores)

@@ -15,14 +15,14 @@ from tiny_run import CONFIG, finished_run, tiny_surroundings
 import jaxnr
 import jaxnr.road
 from jaxnr import cli
-from jaxnr.config import JudgeConfig, SecondJudgeConfig, save_config
+from jaxnr.config import GrpoConfig, JudgeConfig, SecondJudgeConfig, save_config
 from jaxnr.data.prepare import read_report
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import MODELS
 from jaxnr.models.huggingface import save
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
-from jaxnr.road import STAGES, Road, run_stages, teacher_lists
+from jaxnr.road import STAGES, Road, run_stages, teacher_lists, training_reward
 from jaxnr.training.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
@@ -168,6 +168,41 @@ def test_grpo_killed_in_a_step_and_resumed_equals_the_uninterrupted_run(run, cop
     assert expected.keys() == actual.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def test_grpo_by_another_loss_with_a_kl_term_holds_on_to_the_warm_started_teacher(copy, surroundings):
+    shutil.rmtree(copy / "checkpoints" / "grpo")
+    grpo = dataclasses.replace(CONFIG.grpo, loss="cispo", advantages="gdpo", kl_weight=0.05, overlong_tokens=8, steps=3)
+    run_stages(dataclasses.replace(CONFIG, grpo=dataclasses.replace(grpo, uniform_steps=0)), copy, ("grpo",))
+    _, *steps = rows(copy, "grpo")
+    for row in steps[:2]:  # the warm-up begins with a rate of 0
+        assert abs(row["kl_k1"]) + row["kl_k3"] < 1e-5
+    assert steps[2]["kl_k3"] > 1e-6
+    assert all(row["logprob_gap"] < 1e-3 and row["importance_weight"] == pytest.approx(1, abs=1e-3) for row in steps)
+
+
+def test_the_training_reward_is_the_total_or_gdpos_with_the_length_penalty():
+    rng = np.random.default_rng(0)
+    scores = {name: rng.random((2, 4)).astype(np.float32) for name in REWARDS}
+    scores["structure"][:] = 1
+    scores["coverage"][0, 0] = np.nan
+    scores["total"] = sum(scores.values())
+    mask_BGT = np.arange(6) < np.array([[1, 2, 6, 6], [3, 3, 3, 3]])[..., None]
+    weights, penalty = CONFIG.reward, np.array([[0, 0, -1, -1], [0] * 4])
+    plain = training_reward(GrpoConfig(), weights, scores, mask_BGT)
+    assert plain is scores["total"]
+    shaped = training_reward(GrpoConfig(overlong_tokens=2), weights, scores, mask_BGT)
+    np.testing.assert_allclose(shaped, plain + penalty, rtol=1e-6)
+
+    def standardised(row):
+        return (row - row.mean()) / (row.std(ddof=1) + 1e-4)
+
+    names = [name for name in REWARDS if name != "structure"]  # constant: teaches nothing
+    for overlong, terms in ((0, 0), (2, standardised(penalty[0, 1:]))):
+        gdpo = training_reward(GrpoConfig(advantages="gdpo", overlong_tokens=overlong), weights, scores, mask_BGT)
+        assert np.isnan(gdpo[0, 0])
+        expected = sum(getattr(weights, name) * standardised(scores[name][0, 1:]) for name in names) + terms
+        np.testing.assert_allclose(gdpo[0, 1:], expected, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -74,6 +74,12 @@ def with_trainable(params: dict, changed: dict) -> dict:
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(changed)})
 
 
+def without_adapters(params: dict) -> dict:
+    """The tree of the model without adapters: what it was before they were trained."""
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if not path[-1].startswith("lora_")})
+
+
 def with_new_adapters(params: dict, abstract: dict, key: jax.Array) -> dict:
     """``params`` with the adapters that ``abstract`` has beside them, as they begin: A random, B zero."""
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(abstract)

@@ -60,41 +60,6 @@ def token_logprobs(
     return flat.reshape(tokens.shape)
 
 
-def dr_grpo_advantages(reward_BG: jax.Array) -> jax.Array:
-    """R − mean over the group, with no division by a deviation (Dr.GRPO, arXiv 2503.20783).
-
-    A NaN reward (judge failure) leaves its group's mean and gets advantage 0; identical rewards give exactly 0.
-    """
-    failed = jnp.isnan(reward_BG)
-    known = jnp.where(failed, 0.0, reward_BG)
-    count = jnp.maximum(jnp.sum(~failed, axis=-1, keepdims=True), 1)
-    advantage = jnp.where(failed, 0.0, known - jnp.sum(known, axis=-1, keepdims=True) / count)
-    low = jnp.min(jnp.where(failed, jnp.inf, reward_BG), axis=-1, keepdims=True)
-    high = jnp.max(jnp.where(failed, -jnp.inf, reward_BG), axis=-1, keepdims=True)
-    return jnp.where(high > low, advantage, 0.0)
-
-
-def dr_grpo_loss(
-    logprobs_BGT: jax.Array,
-    old_logprobs_BGT: jax.Array,
-    advantages_BG: jax.Array,
-    mask_BGT: jax.Array,
-    *,
-    rows: int,
-    budget: int,
-    clip_low: float,
-    clip_high: float,
-) -> jax.Array:
-    """−Σ m·min(ρA, clip(ρ)A) / (rows · budget): the length that divides is the generation budget, a constant.
-
-    ``rows`` are the completions of the whole batch, of which these may be a part.
-    """
-    ratio = jnp.exp(logprobs_BGT - old_logprobs_BGT)
-    advantage = advantages_BG[..., None]
-    surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantage)
-    return -jnp.sum(mask_BGT * surrogate) / (rows * budget)
-
-
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of the values where the mask holds; 0 where it holds nowhere."""
     return jnp.sum(mask * values) / jnp.maximum(jnp.sum(mask), 1)

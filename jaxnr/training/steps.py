@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +17,26 @@ from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.models.lora import trainable, with_trainable
 from jaxnr.training import distillation_losses
 from jaxnr.training.distillation_losses import TokenLoss, token_losses
-from jaxnr.training.losses import dr_grpo_advantages, dr_grpo_loss, masked_mean, token_logprobs
+from jaxnr.training.losses import masked_mean, token_logprobs
+from jaxnr.training.policy_losses import (
+    CLIP,
+    cispo_loss,
+    clipped,
+    dapo_loss,
+    dr_grpo_advantages,
+    dr_grpo_loss,
+    gdpo_advantages,
+    grpo_advantages,
+    grpo_loss,
+    gspo_loss,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    sequence_ratio,
+    token_ratio,
+    truncated_importance_weights,
+    without_constant_groups,
+)
 
 
 @flax.struct.dataclass
@@ -42,10 +60,14 @@ class Batch:
 
 @flax.struct.dataclass
 class ScoredBatch(Batch):
-    """Sampled completions with their log-probabilities at sampling and their composite rewards."""
+    """Sampled completions with their log-probabilities at sampling and their rewards, NaN where a judge failed.
+
+    ``reference_logprobs_BGT`` are those of the policy that a KL term holds on to; None without one.
+    """
 
     old_logprobs_BGT: jax.Array
     reward_BG: jax.Array
+    reference_logprobs_BGT: jax.Array | None = None
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -189,6 +211,33 @@ def make_sft_step(
     return _jit_step(step, state, mesh)
 
 
+def make_logprobs(model: Decoder, mesh: Mesh, vocabulary_size: int, config: GrpoConfig) -> Callable:
+    """``logprobs(params, batch)`` [B, G, T] of a batch's completions, one microbatch after the other; 0 outside the
+    mask. Scores what the policy has sampled by its reference."""
+
+    def logprobs(params: dict, batch: Batch) -> jax.Array:
+        parts = split_batch(batch, config.microbatches)
+        return merge_batch(
+            jax.lax.map(lambda part: _logprobs(model, params, part, vocabulary_size, config.temperature), parts)
+        )
+
+    sharding = batch_sharding(mesh)
+    return jax.jit(logprobs, in_shardings=(None, sharding), out_shardings=sharding)
+
+
+def _logprobs(model: Decoder, params: dict, batch: Batch, vocabulary_size: int, temperature: float) -> jax.Array:
+    """Log-probability of each completion token [B, G, T]; 0 outside the mask, where it may be anything: a ratio of two
+    of them overflows there."""
+    logprobs_BGT = token_logprobs(
+        _hidden_states(model, params, batch),
+        head_VD(params),
+        batch.completion_BGT,
+        vocabulary_size=vocabulary_size,
+        temperature=temperature,
+    )
+    return jnp.where(batch.mask_BGT, logprobs_BGT, 0.0)
+
+
 def make_grpo_step(
     model: Decoder,
     optimizer: optax.GradientTransformation,
@@ -197,44 +246,103 @@ def make_grpo_step(
     vocabulary_size: int,
     config: GrpoConfig,
 ) -> Callable:
-    """Dr.GRPO on one sampled batch. ``logprob_gap`` is max |old − new| before the update: 0 but for rounding."""
+    """Policy optimisation on one sampled batch, by the loss, advantages and KL of the config.
 
-    def loss_fn(params: dict, advantaged: tuple[ScoredBatch, jax.Array], totals: Totals) -> tuple[jax.Array, jax.Array]:
-        batch, advantages_BG = advantaged
-        hidden = _hidden_states(model, params, batch)
-        logprobs = token_logprobs(
-            hidden,
-            head_VD(params),
-            batch.completion_BGT,
-            vocabulary_size=vocabulary_size,
-            temperature=config.temperature,
-        )
-        loss = dr_grpo_loss(
-            logprobs,
-            batch.old_logprobs_BGT,
-            advantages_BG,
-            batch.mask_BGT,
-            rows=totals.rows,
-            budget=batch.completion_BGT.shape[-1],
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
-        return loss, logprobs
+    ``logprob_gap`` is max |old − new| before the update: 0 but for rounding. One update is made on a batch, so with
+    importance weights the trainer's log-probabilities at its start, from which ρ is then measured, are the current
+    ones: ρ is 1, and nothing is clipped.
+    """
+
+    def loss_fn(
+        params: dict, part: tuple[ScoredBatch, jax.Array, jax.Array], totals: Totals
+    ) -> tuple[jax.Array, jax.Array]:
+        batch, advantages_BG, mask_BGT = part
+        logprobs_BGT = _logprobs(model, params, batch, vocabulary_size, config.temperature)
+        old_BGT, weight_BGT = batch.old_logprobs_BGT, 1.0
+        if config.importance_cap:
+            weight_BGT = truncated_importance_weights(logprobs_BGT, old_BGT, config.importance_cap)
+            old_BGT = jax.lax.stop_gradient(logprobs_BGT)
+        penalty_BGT = 0.0
+        if batch.reference_logprobs_BGT is not None:
+            estimate = {"k2": kl_k2, "k3": kl_k3}[config.kl]
+            penalty_BGT = config.kl_weight * estimate(logprobs_BGT, batch.reference_logprobs_BGT)
+        loss = _policy_loss(config, logprobs_BGT, old_BGT, advantages_BG, mask_BGT, totals, weight_BGT, penalty_BGT)
+        return loss, logprobs_BGT
 
     def step(state: TrainState, batch: ScoredBatch) -> tuple[TrainState, dict]:
-        advantages_BG = dr_grpo_advantages(batch.reward_BG)  # of whole groups, whichever microbatch they are in
+        advantages_BG = _advantages(config, batch.reward_BG)  # of whole groups, whichever microbatch they are in
+        mask_BGT = batch.mask_BGT
+        if config.loss == "dapo":
+            mask_BGT = without_constant_groups(mask_BGT, advantages_BG)
         state, metrics, logprobs_BGT = _step_down(
-            loss_fn, state, optimizer, (batch, advantages_BG), batch.mask_BGT, mesh, config.microbatches
+            loss_fn, state, optimizer, (batch, advantages_BG, mask_BGT), mask_BGT, mesh, config.microbatches
         )
-        gap = jnp.max(jnp.where(batch.mask_BGT, jnp.abs(logprobs_BGT - batch.old_logprobs_BGT), 0.0))
-        return state, metrics | {
-            "logprob_gap": gap,
-            "surprisal": -masked_mean(logprobs_BGT, batch.mask_BGT),
-            "completion_tokens": jnp.mean(jnp.sum(batch.mask_BGT, axis=-1)),
-            "zero_advantage_groups": jnp.mean(jnp.all(advantages_BG == 0, axis=-1)),
-        }
+        return state, metrics | _policy_metrics(config, batch, advantages_BG, logprobs_BGT)
 
     return _jit_step(step, state, mesh)
+
+
+def _advantages(config: GrpoConfig, reward_BG: jax.Array) -> jax.Array:
+    advantages = {"dr_grpo": dr_grpo_advantages, "grpo": grpo_advantages, "gdpo": gdpo_advantages}
+    return advantages[config.advantages](reward_BG)
+
+
+def clip_range(config: GrpoConfig) -> tuple[float, float]:
+    """ε_low and ε_high: the configured ones, and for a 0 the one of the loss's paper."""
+    low, high = CLIP[config.loss]
+    return config.clip_low or low, config.clip_high or high
+
+
+def _policy_loss(
+    config: GrpoConfig,
+    logprobs_BGT: jax.Array,
+    old_logprobs_BGT: jax.Array,
+    advantages_BG: jax.Array,
+    mask_BGT: jax.Array,
+    totals: Totals,
+    weight_BGT: jax.Array | float,
+    penalty_BGT: jax.Array | float,
+) -> jax.Array:
+    arrays = (logprobs_BGT, old_logprobs_BGT, advantages_BG, mask_BGT)
+    low, high = clip_range(config)
+    settings: Any = {"clip_low": low, "clip_high": high, "weight_BGT": weight_BGT, "penalty_BGT": penalty_BGT}
+    match config.loss:
+        case "dr_grpo":
+            return dr_grpo_loss(*arrays, rows=totals.rows, budget=mask_BGT.shape[-1], **settings)
+        case "grpo":
+            return grpo_loss(*arrays, rows=totals.rows, **settings)
+        case "dapo":
+            return dapo_loss(*arrays, tokens=totals.tokens, **settings)
+        case "gspo":
+            return gspo_loss(*arrays, rows=totals.rows, **settings)
+        case "cispo":
+            return cispo_loss(*arrays, tokens=totals.tokens, **settings)
+
+
+def _policy_metrics(
+    config: GrpoConfig, batch: ScoredBatch, advantages_BG: jax.Array, logprobs_BGT: jax.Array
+) -> dict[str, jax.Array]:
+    """What a step logs of the policy before its update, from the values of the whole batch."""
+    mask_BGT, old_BGT = batch.mask_BGT, batch.old_logprobs_BGT
+    weight_BGT = truncated_importance_weights(logprobs_BGT, old_BGT, config.importance_cap or jnp.inf)
+    if config.importance_cap:
+        old_BGT = logprobs_BGT
+    if config.loss == "gspo":
+        ratio_BGT = sequence_ratio(logprobs_BGT, old_BGT, mask_BGT)
+    else:
+        ratio_BGT = token_ratio(logprobs_BGT, old_BGT)
+    metrics = {
+        "logprob_gap": jnp.max(jnp.where(mask_BGT, jnp.abs(logprobs_BGT - batch.old_logprobs_BGT), 0.0)),
+        "surprisal": -masked_mean(logprobs_BGT, mask_BGT),
+        "completion_tokens": jnp.mean(jnp.sum(mask_BGT, axis=-1)),
+        "zero_advantage_groups": jnp.mean(jnp.all(advantages_BG == 0, axis=-1)),
+        "clip_fraction": masked_mean(clipped(ratio_BGT, advantages_BG, *clip_range(config)), mask_BGT),
+        "importance_weight": masked_mean(weight_BGT, mask_BGT),
+    }
+    if batch.reference_logprobs_BGT is not None:
+        metrics["kl_k1"] = masked_mean(kl_k1(logprobs_BGT, batch.reference_logprobs_BGT), mask_BGT)
+        metrics["kl_k3"] = masked_mean(kl_k3(logprobs_BGT, batch.reference_logprobs_BGT), mask_BGT)
+    return metrics
 
 
 def make_distill_step(

@@ -34,7 +34,7 @@ def seconds_a_step(road: Road, microbatches: int, sleep: float, steps: int) -> f
         time.sleep(sleep)
         return road.rewards(examples, lists)
 
-    step = reinforcement(road, policy, update, rewards)
+    step = reinforcement(road, policy, update, rewards, road.config.reward)
     examples = list(road.examples["train"])
     seconds = []
     for index in range(steps + 1):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import relative_gap
@@ -16,8 +15,6 @@ from jaxnr.mesh import BATCH, make_mesh
 from jaxnr.training import losses
 from jaxnr.training.distillation_losses import reverse_kl, token_losses
 from jaxnr.training.losses import (
-    dr_grpo_advantages,
-    dr_grpo_loss,
     map_chunks,
     masked_mean,
     token_logprobs,
@@ -72,58 +69,6 @@ def test_masked_mean_is_the_mean_over_the_mask_and_zero_for_an_empty_one():
     mask = np.array([[1, 1, 0], [0, 0, 1]], bool)
     assert masked_mean(values, mask) == pytest.approx(values[mask].mean(), rel=1e-6)
     assert masked_mean(values, np.zeros_like(mask)) == 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.floats(0, 5, width=32)))
-def test_advantages_are_the_rewards_less_their_groups_mean_and_sum_to_zero(reward_BG):
-    advantages = np.asarray(dr_grpo_advantages(reward_BG))
-    exact = reward_BG.astype(np.float64)
-    np.testing.assert_allclose(advantages, exact - exact.mean(-1, keepdims=True), atol=3e-6)
-    np.testing.assert_allclose(advantages.sum(-1), 0, atol=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.floats(-1e3, 1e3, width=32), st.integers(1, 9), st.integers(0, 3))
-def test_identical_rewards_give_exactly_zero_advantage_with_or_without_failures(reward, size, failed):
-    reward_BG = np.array([[reward] * size + [np.nan] * failed], np.float32)
-    assert (np.asarray(dr_grpo_advantages(reward_BG)) == 0).all()
-
-
-def test_a_failed_judgement_leaves_its_groups_mean_and_gets_no_advantage():
-    reward_BG = np.array([[1.0, np.nan, 3.0], [np.nan] * 3], np.float32)
-    np.testing.assert_array_equal(dr_grpo_advantages(reward_BG), [[-1, 0, 1], [0, 0, 0]])
-
-
-def policy_batch(B=3, G=4, T=5):
-    rng = np.random.default_rng(4)
-    logprobs = -rng.exponential(size=(B, G, T)).astype(np.float32)
-    old = (logprobs + rng.normal(size=logprobs.shape) * 0.4).astype(np.float32)
-    advantages = rng.normal(size=(B, G)).astype(np.float32)
-    mask = np.arange(T) < rng.integers(0, T + 1, (B, G, 1))
-    return logprobs, old, advantages, mask
-
-
-def test_dr_grpo_loss_is_the_equation_with_the_budget_as_length():
-    logprobs, old, advantages, mask = policy_batch()
-    total, clipped = 0.0, 0
-    for b, g, t in np.argwhere(mask):
-        ratio = np.exp(np.float64(logprobs[b, g, t]) - np.float64(old[b, g, t]))
-        plain, limited = ratio * advantages[b, g], np.clip(ratio, 0.8, 1.3) * advantages[b, g]
-        total += min(plain, limited)
-        clipped += limited < plain
-    assert clipped > 3  # the clip is at work on both sides
-    assert not mask.any(-1).all()  # rows without a token still count as rows
-    loss = dr_grpo_loss(logprobs, old, advantages, mask, rows=12, budget=48, clip_low=0.2, clip_high=0.3)
-    assert loss == pytest.approx(-total / (12 * 48), rel=1e-5)
-
-
-def test_the_on_policy_gradient_is_the_policy_gradient():
-    logprobs, _, advantages, mask = policy_batch()
-    gradient = jax.grad(dr_grpo_loss)(
-        logprobs, logprobs, advantages, mask, rows=12, budget=48, clip_low=0.2, clip_high=0.2
-    )
-    np.testing.assert_allclose(gradient, -advantages[..., None] * mask / (12 * 48), rtol=1e-6)
 
 
 def test_rows_past_the_vocabulary_change_nothing():
