@@ -16,7 +16,9 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxnr.mesh import batch_sharding
 from jaxnr.models.decoder import Cache, Decoder, head_VD
 from jaxnr.training.losses import logits_NV
 
@@ -60,8 +62,10 @@ class _State:
 
 
 @functools.lru_cache(maxsize=8)  # the stages and models of a run share what has been compiled
-def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int) -> Callable:
-    """The jitted sampler of a model.
+def make_sampler(
+    model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int, mesh: Mesh | None = None
+) -> Callable:
+    """The jitted sampler of a model; with a ``mesh``, completions are spread over it by prompts.
 
     ``sample(params, prompt_BS, prompt_mask_BS, prompt_ids_B, sample_ids_G, seed, step, settings, stop_ids)``.
     Prompts are left-padded. ``stop_ids`` is an int array; its length, B, G and S are the only things that compile anew.
@@ -130,7 +134,7 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
         state = jax.lax.while_loop(lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done_BG), body, first)
         return Completions(state.tokens_BGT, state.logprobs_BGT, state.mask_BGT, ~state.done_BG)
 
-    return jax.jit(sample)
+    return jax.jit(sample) if mesh is None else jax.jit(sample, out_shardings=batch_sharding(mesh))
 
 
 def completion_keys(seed: jax.Array, step: jax.Array, prompt_ids_B: jax.Array, sample_ids_G: jax.Array) -> jax.Array:
