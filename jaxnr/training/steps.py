@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxnr.config import DistillConfig, GrpoConfig, OptimizerConfig
-from jaxnr.mesh import batch_sharding, replicated, tree_shardings
+from jaxnr.mesh import batch_sharding, traced_on, replicated, tree_shardings
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.models.lora import trainable, with_trainable
 from jaxnr.training import distillation_losses
@@ -81,7 +81,7 @@ def _jit_step(step: Callable, state: TrainState, mesh: Mesh, constants: int = 0)
     """Compiles ``step(state, *constants, batch)``; constants (a teacher's parameters) keep the sharding they have."""
     shardings = tree_shardings(state, mesh)
     return jax.jit(
-        step,
+        traced_on(mesh, step),
         in_shardings=(shardings, *(None,) * constants, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
