@@ -33,11 +33,14 @@ class Quickstart:
     """Seed of the world, the models and every draw."""
     resume: bool = False
     """Go on with the run in the folder, from its last checkpoint."""
+    distributed: str = ""
+    """Where the run has several processes, each started by this command: `auto` on Cloud TPU or under Slurm; elsewhere
+    I/N@HOST:PORT for process I, from 0, of N, the first of which is at HOST:PORT. See docs/scaling.md."""
 
     def __call__(self) -> None:
         config = dataclasses.replace(_DEFAULTS, seed=self.seed)
         out = self.out or Path("runs") / f"quickstart-seed{self.seed}"
-        _walk(config, out, Run.stages, self.resume)
+        _walk(config, out, Run.stages, self.resume, self.distributed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +55,14 @@ class _OnConfig:
     """Folder of the run; runs/<name of CONFIG>-seed<N> when not given."""
     resume: bool = False
     """Go on with the run in the folder: pass over stages that have ended, take others up at their last checkpoint."""
+    distributed: str = ""
+    """Where the run has several processes, each started by this command: `auto` on Cloud TPU or under Slurm; elsewhere
+    I/N@HOST:PORT for process I, from 0, of N, the first of which is at HOST:PORT. See docs/scaling.md."""
     config: Annotated[Config, tyro.conf.arg(name="")] = _DEFAULTS
 
     def __call__(self) -> None:
         out = self.out or Path("runs") / f"{self.config_file.stem}-seed{self.config.seed}"
-        _walk(self.config, out, self.stages, self.resume)
+        _walk(self.config, out, self.stages, self.resume, self.distributed)
 
 
 class Run(_OnConfig):
@@ -269,10 +275,22 @@ def _parse(args: list[str]) -> Command:
     return command
 
 
-def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool) -> None:
+def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool, distributed: str) -> None:
     """Claims the folder, then runs the stages there; input that cannot be used leaves no empty run behind."""
     validate(config)
-    fresh = claim(config, out, begin="data" in stages, resume=resume)
+    fresh = False
+
+    def begin() -> None:
+        nonlocal fresh
+        fresh = claim(config, out, begin="data" in stages, resume=resume)
+
+    if distributed:
+        from jaxnr.hosts import join, on_first
+
+        join(distributed)
+        on_first(begin)
+    else:
+        begin()
     from jaxnr.road import run_stages
 
     try:

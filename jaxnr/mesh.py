@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnr.config import Config, MeshConfig, flatten
@@ -39,6 +41,16 @@ PARTITION = (
 
 BATCH = P(("data", "fsdp"))
 """Prompts are spread over both axes that do not split a matrix multiplication."""
+
+
+HEAD = P("tensor")
+"""The output projection where it is multiplied: gathered over fsdp, so that the logits of a row stay where it lies."""
+
+LOGITS = P(("data", "fsdp"), "tensor")
+"""Logits [N, V] of the rows of a batch, as that product gives them."""
+
+EVERY = P(AXES)
+"""Rows over all devices."""
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -107,6 +119,43 @@ def abstract_on(tree, mesh: Mesh | None, dtype=None):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose leading axis is prompts."""
     return NamedSharding(mesh, BATCH)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """``function``, to be jitted for the mesh: ``spread`` knows it inside."""
+
+    @functools.wraps(function)
+    def inside(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return inside
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """An activation whose leading axis is prompts, or rows of them, held to ``BATCH``; as it is outside ``traced_on``.
+
+    Without this the partitioner is free to lay activations out as the weights are, every device with all prompts and a
+    part of the width, and to add up all products over the devices.
+    """
+    ways = batch_ways()
+    return x if ways == 1 or x.shape[0] % ways else jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Devices over which prompts are spread: those of a mesh, or of the one that ``traced_on`` has set; else 1."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def columns(x: jax.Array) -> jax.Array:
+    """Activations [B, ..., D] with D spread over the fsdp axis, as the rows of the weights that they meet are."""
+    return constrain(x, P("data", *(None,) * (x.ndim - 2), "fsdp"))
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """``x`` spread by ``spec`` over the mesh that is traced for; as it is where there is none."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

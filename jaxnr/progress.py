@@ -10,6 +10,8 @@ from typing import Protocol, SupportsFloat
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxnr import hosts
+
 SECONDS_BETWEEN_LINES = 10.0
 SHOWN_METRICS = ("loss", "reward/total/mean", "valid/recall@10")
 """What stands at the end of the line, where a loop has it."""
@@ -27,7 +29,7 @@ def progress(description: str, total: int | None, completed: int = 0, console: C
 
     ``total`` None where it is not known beforehand: how far it is and how fast, then.
     """
-    console = console or Console()
+    console = console or hosts.console()
     if not console.is_terminal:
         lines = _Lines(description, total, completed, console)
         yield lines

@@ -28,6 +28,7 @@ from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import read_json, write_json_lines, write_text
+from jaxnr.hosts import first_says, gather_rows, is_first, on_first, own, own_mesh, own_rows, place_rows, read_rows
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.models.lora import NO_LORA, trainable, with_trainable, without_adapters
@@ -42,7 +43,7 @@ from jaxnr.training.fresh import fresh_params
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
 from jaxnr.training.policy_losses import decoupled_reward, overlong_penalty
-from jaxnr.training.rollout import Policy, Rollout, make_policy, padded_chunks, roll_out, roll_out_and_score
+from jaxnr.training.rollout import Policy, Rollout, all_lists, make_policy, padded_chunks, roll_out, roll_out_and_score
 from jaxnr.training.start import make_decoder, pretrained_params
 from jaxnr.training.steps import (
     Batch,
@@ -104,8 +105,8 @@ class Road:
             tokenizer=load_tokenizer(str(out / "tokenizer")),
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
-            rewards=open_rewards(config, out, tables, mesh),
-            second_judge=OpenedWhenAsked(lambda: open_judge(config.second_judge, out, mesh)),
+            rewards=open_rewards(config, out, tables, own_mesh(mesh)),
+            second_judge=OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh))),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
         )
@@ -142,7 +143,8 @@ class Road:
     def roll_out(
         self, policy: Policy, params: dict, examples: Sequence[Example], samples: int, temperature: float, step: int
     ) -> Rollout:
-        """Sampled lists under this run's seed, unfiltered, as training needs them."""
+        """Sampled lists under this run's seed, unfiltered, as training needs them; ``examples`` as ``roll_out`` has
+        them."""
         settings = SamplingSettings(temperature=temperature)
         return roll_out(policy, params, examples, samples=samples, seed=self.config.seed, step=step, settings=settings)
 
@@ -157,15 +159,18 @@ class Road:
         source: Sequence[Example] | None = None,
         **options,
     ) -> TrainState:
-        """The host loop over this run's training prompts, or over ``source``, in batches as ``section`` has them."""
+        """The host loop over this run's training prompts, or over ``source``, in batches as ``section`` has them.
+
+        ``step(state, examples, index)`` is given this process's rows of each batch.
+        """
+        batch_size = getattr(self.config, section).prompts_per_step
         seed = self.config.seed + sum(map(ord, stage))  # every stage sees its own order
         batches = training_batches(
             self.examples["train"] if source is None else source,
-            batch_size=getattr(self.config, section).prompts_per_step,
+            batch_size=batch_size,
             batch_size_key=f"{section}.prompts_per_step",
             seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=own_rows(self.mesh, batch_size),
         )
         return train(
             stage=stage,
@@ -187,17 +192,18 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
         if stage not in stages:
             continue
         marker = out / "done" / f"{stage}.json"
-        if resume and marker.exists():
+        if first_says(resume and marker.exists()):
             continue
         started, earlier = time.monotonic(), []
         if stage == "data":
-            prepare_data(config, out)
+            on_first(lambda: prepare_data(config, out))
         else:
             road = Road.open(config, out)
             _RUN[stage](road)
             earlier = road.earlier
-        (out / "done" / "evaluate.json").unlink(missing_ok=True)  # what was measured is no longer all that there is
-        write_text(marker, json.dumps({"seconds": round(time.monotonic() - started + sum(earlier), 3)}))
+        if is_first():
+            (out / "done" / "evaluate.json").unlink(missing_ok=True)  # what was measured is no longer all that there is
+            write_text(marker, json.dumps({"seconds": round(time.monotonic() - started + sum(earlier), 3)}))
 
 
 def _read_seconds(path: Path, stage: str) -> float:
@@ -340,18 +346,18 @@ def reinforcement(
             step=index,
             settings=SamplingSettings(temperature=config.temperature),
         )
-        reward_BG = training_reward(config, weights, scores, rollout.batch.mask_BGT)
+        reward_BG = training_reward(config, weights, scores, read_rows(rollout.batch.mask_BGT))
         batch = ScoredBatch(
             rollout.batch.prompt_BS,
             rollout.batch.prompt_mask_BS,
             rollout.batch.completion_BGT,
             rollout.batch.mask_BGT,
             old_logprobs_BGT=rollout.completions.logprobs_BGT,
-            reward_BG=jax.device_put(reward_BG, rollout.completions.cut_BG.sharding),
+            reward_BG=place_rows(reward_BG, road.mesh),
             reference_logprobs_BGT=reference(state.params, rollout.batch) if reference else None,
         )
         state, metrics = update(state, batch)
-        return state, metrics | summarise(scores)
+        return state, metrics | summarise(gather_rows(scores, road.mesh))
 
     return step
 
@@ -409,20 +415,20 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
 def teacher_lists(road: Road, teacher: Policy, params: dict) -> dict[int, list[tuple[str, ...]]]:
     """Example id to the well-formed lists that the teacher samples for it; kept in ``teacher_lists.jsonl``."""
     path = road.out / "teacher_lists.jsonl"
-    if not path.exists():
+    if not first_says(path.exists()):
         config = road.config
         examples = list(road.examples["train"])
         rows = []
         with progress("teacher_lists", len(examples)) as bar:
             for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
                 rollout = road.roll_out(
-                    teacher, params, chunk.padded, config.teacher_lists, config.grpo.temperature, step=0
+                    teacher, params, own(road.mesh, chunk.padded), config.teacher_lists, config.grpo.temperature, step=0
                 )
-                for example, lists in zip(chunk.examples, rollout.lists, strict=False):
+                for example, lists in zip(chunk.examples, all_lists(teacher, rollout), strict=False):
                     queries = [list(parsed.queries) for parsed in lists if parsed.problem is None]
                     rows.append({"example_id": example.example_id, "lists": queries})
                 bar.advance({}, len(chunk.examples))
-        write_json_lines(path, rows)
+        on_first(lambda: write_json_lines(path, rows))
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         return {row["example_id"]: [tuple(queries) for queries in row["lists"]] for row in rows}

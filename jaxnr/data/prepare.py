@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow.compute as pc
 from jax.sharding import Mesh
@@ -26,6 +25,7 @@ from jaxnr.data.schema import Tables, document_texts
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.errors import InputError
 from jaxnr.files import read_json, write_text
+from jaxnr.hosts import own_mesh
 from jaxnr.mesh import make_mesh
 from jaxnr.models.huggingface import check_tokenizer, read_decoder_config
 from jaxnr.models.weights import model_folder
@@ -58,7 +58,7 @@ def prepare_data(config: Config, out: Path) -> None:
         f"{section}.prompts_per_step": getattr(config, section).prompts_per_step
         for section in ("warm_start", "grpo", "supervised", "distill")
     }
-    check_batches(len(splits.train), jax.process_count(), sizes)
+    check_batches(len(splits.train), sizes)
     write_examples(splits, out / "data" / "examples")
     t1, t2 = split_times(tables, config.data)
     texts = known_texts(tables, splits.train, t1)
@@ -111,7 +111,7 @@ def _prepare_retrieval(
     t1: int,
 ) -> None:
     """Fits the embedder, the terms of the catalogue and the judge's threshold, and embeds the catalogue."""
-    embedder = load_embedder(config.retrieval, texts, config.seed, make_mesh(config.mesh))
+    embedder = load_embedder(config.retrieval, texts, config.seed, own_mesh(make_mesh(config.mesh)))
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
     TermStatistics.fit(document_texts(_published_before(tables, t1).articles)).save(folder / "terms.json")

@@ -26,13 +26,14 @@ from jaxnr.evaluation.metrics import METRICS, evaluate_rankings, evaluate_sample
 from jaxnr.evaluation.report import console_table, write_report
 from jaxnr.evaluation.significance import compare, mean_interval
 from jaxnr.files import without_nan, write_text
+from jaxnr.hosts import gather_rows, is_first, own
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.composite import Retrieved
 from jaxnr.rewards.criteria import TextRubric
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.metrics import read_metrics
-from jaxnr.training.rollout import Policy, padded_chunks, roll_out
+from jaxnr.training.rollout import Policy, all_lists, padded_chunks, roll_out
 
 if TYPE_CHECKING:
     from jaxnr.road import Road
@@ -68,19 +69,21 @@ class Sampled:
 
 
 def sample_lists(road: Road, policy: Policy, params: dict, examples: Sequence[Example], samples: int) -> Sampled:
-    """Samples, scores and retrieves ``samples`` lists for every example."""
+    """Samples, scores and retrieves ``samples`` lists for every example; each process scores the lists of its own."""
     config = road.config
     settings = SamplingSettings(temperature=config.evaluation.temperature)
     lists_US, rankings_US, rewards = [], [], []
     for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
-        rollout = roll_out(policy, params, chunk.padded, samples=samples, seed=config.seed, step=0, settings=settings)
-        scored = road.rewards(chunk.padded, rollout.lists)
+        examples_B = own(road.mesh, chunk.padded)
+        rollout = roll_out(policy, params, examples_B, samples=samples, seed=config.seed, step=0, settings=settings)
+        scored = road.rewards(examples_B, rollout.lists)
         users = len(chunk.examples)
         rankings_US += rank(road, scored.found, config.retrieval.merge)[:users]
-        lists_US += rollout.lists[:users]
-        second = road.rewards.judged_by(road.second_judge, chunk.padded, rollout.lists)
+        lists_US += all_lists(policy, rollout)[:users]
+        second = road.rewards.judged_by(road.second_judge, examples_B, rollout.lists)
         values = {**scored.rewards, "total": scored.total_BG}
         values |= {f"second/{name}": second[name] for name in rewards_of(config.second_judge)}
+        values = gather_rows(values, road.mesh)
         rewards.append({name: values_BG[:users] for name, values_BG in values.items()})
     stacked = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
     return Sampled(lists_US, stacked, rankings_US)
@@ -92,9 +95,13 @@ def rewards_of(second: SecondJudgeConfig) -> tuple[str, ...]:
 
 
 def rank(road: Road, found: Retrieved, merge: str) -> list[list[list[str]]]:
-    """The merged ranking of each list: article ids, for each user and sample."""
+    """The merged ranking of each list: article ids, for each user and sample, of all processes' users.
+
+    ``found`` is what this process's lists found.
+    """
     merged_BGM = MERGES[merge](found.article_rows_BGQK, found.article_scores_BGQK, found.query_mask_BGQ)
-    return [to_item_ids(user_GM[:, :DEPTH], road.rewards.item_ids_I) for user_GM in merged_BGM]
+    merged_BGM = gather_rows(merged_BGM[..., :DEPTH], road.mesh)
+    return [to_item_ids(user_GM, road.rewards.item_ids_I) for user_GM in merged_BGM]
 
 
 def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
@@ -158,6 +165,8 @@ def evaluate(road: Road) -> None:
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
     results["seconds"] = {**seconds, "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
+    if not is_first():
+        return
     results = without_nan(results)
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
@@ -173,8 +182,9 @@ def validation_recall_of_merges(road: Road, policy: Policy, params: dict) -> dic
     settings = SamplingSettings(temperature=config.evaluation.temperature)
     rankings_US: dict[str, list] = {merge: [] for merge in MERGES}
     for chunk in padded_chunks(examples, config.evaluation.prompts_per_step):
-        rollout = roll_out(policy, params, chunk.padded, samples=1, seed=config.seed, step=0, settings=settings)
-        found = road.rewards.retrieve(chunk.padded, rollout.lists)
+        examples_B = own(road.mesh, chunk.padded)
+        rollout = roll_out(policy, params, examples_B, samples=1, seed=config.seed, step=0, settings=settings)
+        found = road.rewards.retrieve(examples_B, rollout.lists)
         for merge, ranked in rankings_US.items():
             ranked += rank(road, found, merge)[: len(chunk.examples)]
     relevant = [example.relevant for example in examples]
@@ -211,8 +221,9 @@ def users_per_second(road: Road, policy: Policy, params: dict, examples: list[Ex
     for _ in range(2):
         started = time.perf_counter()
         for chunk in padded_chunks(timed, config.evaluation.prompts_per_step):
-            rollout = roll_out(policy, params, chunk.padded, samples=1, seed=config.seed, step=0, settings=settings)
-            rank(road, road.rewards.retrieve(chunk.padded, rollout.lists), config.retrieval.merge)
+            examples_B = own(road.mesh, chunk.padded)
+            rollout = roll_out(policy, params, examples_B, samples=1, seed=config.seed, step=0, settings=settings)
+            rank(road, road.rewards.retrieve(examples_B, rollout.lists), config.retrieval.merge)
     return len(timed) / (time.perf_counter() - started)
 
 

@@ -18,9 +18,11 @@ from typing import Any, Literal, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxnr.config import Remat
 from jaxnr.errors import InputError
+from jaxnr.mesh import HEAD, columns, constrain, spread
 from jaxnr.models.lora import NO_LORA, LoraConfig, Projection
 from jaxnr.models.weights import Row, read_json
 
@@ -259,7 +261,10 @@ class Block(nn.Module):
 
     def __call__(self, streams, cache: Cache | None, context: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """(prompt_BSD, own_BGTD), either None -> the same, and the keys and values that this layer computed."""
-        prompt, own = streams
+        # Where one token a completion is decoded, few numbers go through many weights, and the numbers move; else the
+        # weights do, gathered for this layer.
+        lay = spread if cache is None else columns
+        prompt, own = (stream if stream is None else lay(stream) for stream in streams)
         computed: dict[str, tuple[jax.Array, jax.Array]] = {}
         sources: tuple[KeyValues, ...] = ()
         if prompt is not None:
@@ -316,13 +321,21 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] of plain sequences, padded on either side (mask false)."""
         context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
-        (hidden, _), _ = self.layers((self.embed_tokens(tokens_BS), None), None, context)
+        (hidden, _), _ = self.layers((self.embed_prompts(tokens_BS), None), None, context)
         return self.norm(hidden)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [B, ..., D] of tokens, looked up where the columns of the table lie."""
+        return columns(self.embed_tokens(constrain(tokens, P("data"))))
+
+    def embed_prompts(self, tokens: jax.Array) -> jax.Array:
+        """The same, spread over the mesh by prompts."""
+        return spread(self.embed(tokens))
 
     def prefill(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Last hidden state [B, D] of left-padded prompts, and their keys and values as a cache holds them."""
         context = Context(prompt_position_BS=positions(mask_BS), prompt_mask_BS=mask_BS)
-        (hidden, _), computed = self.layers((self.embed_tokens(tokens_BS), None), None, context)
+        (hidden, _), computed = self.layers((self.embed_prompts(tokens_BS), None), None, context)
         return self.norm(hidden[:, -1]), *computed["prompt"]
 
     def decode(self, tokens_BG: jax.Array, t: jax.Array, cache: Cache, mask_BS: jax.Array):
@@ -333,8 +346,8 @@ class Decoder(nn.Module):
             own_position_BGT=position_BGT,
             past_mask_T=jnp.arange(cache.own_key_LBKGHT.shape[-1]) < t,
         )
-        (_, hidden), computed = self.layers((None, self.embed_tokens(tokens_BG[..., None])), cache, context)
-        return self.norm(hidden[:, :, 0]), *computed["own"]
+        (_, hidden), computed = self.layers((None, self.embed(tokens_BG[..., None])), cache, context)
+        return self.norm(spread(hidden[:, :, 0])), *computed["own"]
 
     def shared(self, prompt_BS: jax.Array, mask_BS: jax.Array, completion_BGT: jax.Array) -> jax.Array:
         """Hidden states [B, G, T, D] that predict each completion token; prompts are left-padded.
@@ -348,7 +361,7 @@ class Decoder(nn.Module):
             prompt_mask_BS=mask_BS,
             own_position_BGT=jnp.broadcast_to(own_position, (B, G, T - 1)),
         )
-        streams = (self.embed_tokens(prompt_BS), self.embed_tokens(completion_BGT[..., :-1]))
+        streams = (self.embed_prompts(prompt_BS), self.embed_prompts(completion_BGT[..., :-1]))
         (prompt, own), _ = self.layers(streams, None, context)
         last = jnp.broadcast_to(prompt[:, None, -1:], (B, G, 1, prompt.shape[-1]))
         return self.norm(jnp.concatenate([last, own], axis=2))
@@ -360,8 +373,11 @@ def positions(mask_BS: jax.Array) -> jax.Array:
 
 
 def head_VD(params: dict) -> jax.Array:
-    """The output projection: the untied head where there is one, else the token embedding."""
-    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]["embedding"]
+    """The output projection: the untied head where there is one, else the token embedding.
+
+    Gathered over the fsdp axis here, once for all the tokens that it is applied to.
+    """
+    return constrain(params["lm_head"] if "lm_head" in params else params["embed_tokens"]["embedding"], HEAD)
 
 
 def table(config: DecoderConfig) -> tuple[Row, ...]:

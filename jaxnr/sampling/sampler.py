@@ -16,7 +16,9 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxnr.mesh import EVERY, LOGITS, batch_sharding, constrain, spread, traced_on
 from jaxnr.models.decoder import Cache, Decoder, head_VD
 from jaxnr.training.losses import logits_NV
 
@@ -60,8 +62,10 @@ class _State:
 
 
 @functools.lru_cache(maxsize=8)  # the stages and models of a run share what has been compiled
-def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int) -> Callable:
-    """The jitted sampler of a model.
+def make_sampler(
+    model: Decoder, *, max_new_tokens: int, vocabulary_size: int, pad_id: int, mesh: Mesh | None = None
+) -> Callable:
+    """The jitted sampler of a model; with a ``mesh``, completions are spread over it by prompts.
 
     ``sample(params, prompt_BS, prompt_mask_BS, prompt_ids_B, sample_ids_G, seed, step, settings, stop_ids)``.
     Prompts are left-padded. ``stop_ids`` is an int array; its length, B, G and S are the only things that compile anew.
@@ -88,12 +92,13 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
 
         def extend(state: _State, hidden_BGD: jax.Array) -> _State:
             """The state after choosing the t-th token of every completion that has not ended."""
-            logits = logits_NV(hidden_BGD.reshape(B * G, -1), head, vocabulary_size)
+            logits = constrain(logits_NV(hidden_BGD.reshape(B * G, -1), head, vocabulary_size), LOGITS)
+            logits = constrain(logits, EVERY)  # whole rows to draw from, each on one device
             uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.t)))(keys_BG.reshape(-1))
-            token, logprob = choose(logits, uniforms, settings)
+            token, logprob = (spread(x.reshape(B, G)) for x in choose(logits, uniforms, settings))
             live = ~state.done_BG
-            token = jnp.where(live, token.reshape(B, G), pad_id)
-            logprob = jnp.where(live, logprob.reshape(B, G), 0.0)
+            token = jnp.where(live, token, pad_id)
+            logprob = jnp.where(live, logprob, 0.0)
             return dataclasses.replace(
                 state,
                 t=state.t + 1,
@@ -130,7 +135,9 @@ def make_sampler(model: Decoder, *, max_new_tokens: int, vocabulary_size: int, p
         state = jax.lax.while_loop(lambda state: (state.t < max_new_tokens) & ~jnp.all(state.done_BG), body, first)
         return Completions(state.tokens_BGT, state.logprobs_BGT, state.mask_BGT, ~state.done_BG)
 
-    return jax.jit(sample)
+    if mesh is None:
+        return jax.jit(sample)
+    return jax.jit(traced_on(mesh, sample), out_shardings=batch_sharding(mesh))
 
 
 def completion_keys(seed: jax.Array, step: jax.Array, prompt_ids_B: jax.Array, sample_ids_G: jax.Array) -> jax.Array:
@@ -187,5 +194,5 @@ def filtered(logprobs_NV: jax.Array, settings: SamplingSettings) -> jax.Array:
     ranked = ranked / jnp.sum(ranked, axis=-1, keepdims=True)
     before = jnp.cumsum(ranked, axis=-1) - ranked  # the likeliest token always stays
     ranked = jnp.where((before < settings.top_p) | (rank == 0), ranked, 0.0)
-    rows = jnp.arange(logprobs_NV.shape[0])[:, None]
-    return jnp.zeros_like(logprobs_NV).at[rows, order].set(ranked)
+    # Row by row, so that rows on different devices stay there.
+    return jax.vmap(lambda mass_V, order_V: jnp.zeros_like(mass_V).at[order_V].set(mass_V))(ranked, order)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxnr.mesh import batch_ways, spread
+
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at once: 1024 × 152 064 float32 logits are 0.6 GiB."""
 
@@ -29,7 +31,7 @@ def map_chunks(function: Callable, arrays: tuple[jax.Array, ...], chunk: int = C
     every chunk. Chunks of consecutive rows would lie on one device each, and every device would compute all of them.
     """
     count = arrays[0].shape[0]
-    chunk = min(chunk, count)
+    chunk = min(chunk * batch_ways(), count)
     chunks = -(-count // chunk)
     padded = tuple(
         jnp.pad(array, [(0, chunks * chunk - count)] + [(0, 0)] * (array.ndim - 1))
@@ -37,7 +39,7 @@ def map_chunks(function: Callable, arrays: tuple[jax.Array, ...], chunk: int = C
         .swapaxes(0, 1)
         for array in arrays
     )
-    mapped = jax.lax.map(jax.checkpoint(lambda rows: function(*rows), prevent_cse=False), padded)
+    mapped = jax.lax.map(jax.checkpoint(lambda rows: function(*map(spread, rows)), prevent_cse=False), padded)
     return mapped.swapaxes(0, 1).reshape(chunks * chunk, *mapped.shape[2:])[:count]
 
 

@@ -12,10 +12,13 @@ from typing import Any, SupportsFloat
 
 from jaxnr.errors import InputError
 from jaxnr.files import write_json_lines
+from jaxnr.hosts import is_first
 
 
 class MetricsLog:
     """Appends rows ``{"stage", "step", "time", metric: number}`` to a file; ``time`` is in seconds since 1970.
+
+    Of several processes the first alone does: the others' logs do nothing.
 
     A row is on disk, whole, when ``write`` returns, and a number that is not finite is written as null. What a kill
     left half-written at the end of the file is removed on opening.
@@ -23,11 +26,13 @@ class MetricsLog:
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
+        if is_first() and path.exists() and not path.read_bytes().endswith(b"\n"):
             write_json_lines(path, read_metrics(path))
 
     def write(self, stage: str, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one row; Python, numpy and jax scalars will do."""
+        if not is_first():
+            return
         row = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
         row |= {name: _number(value) for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +41,8 @@ class MetricsLog:
 
     def truncate_after(self, stage: str, step: int) -> None:
         """Removes the stage's rows of later steps: a resumed run writes them again."""
+        if not is_first():
+            return
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
         if len(kept) < len(rows):

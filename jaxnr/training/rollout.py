@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example
+from jaxnr.hosts import gather_rows, largest, place_rows, read_rows
 from jaxnr.mesh import batch_sharding
 from jaxnr.models.decoder import Decoder
 from jaxnr.prompting.output import ParsedList, parse_list
@@ -55,6 +56,7 @@ class Rollout:
     batch: Batch
     completions: Completions
     lists: list[list[ParsedList]]
+    """Those of this process's prompts."""
 
 
 def make_policy(
@@ -70,16 +72,23 @@ def make_policy(
         max_new_tokens=prompt.max_new_tokens,
         vocabulary_size=len(tokenizer),
         pad_id=cast(int, tokenizer.pad_token_id),
+        mesh=mesh,
     )
     return Policy(model, tokenizer, prompt, mesh, sampler, signal_terms)
 
 
 def place_prompts(policy: Policy, examples: Sequence[Example]) -> tuple[jax.Array, jax.Array]:
-    """The examples' prompts, left-padded to a bucket and spread over the mesh: tokens and mask [B, S]."""
+    """Prompts, left-padded to a bucket and spread over the mesh: tokens and mask [B, S].
+
+    ``examples`` are this process's rows of the batch.
+    """
     count, terms = policy.prompt.signal_words, policy.signal_terms
     ids = [encode_prompt(policy.tokenizer, as_shown(example, terms, count), policy.prompt).ids for example in examples]
-    prompt_BS, mask_BS = pad_prompts(ids, policy.prompt.prompt_buckets, policy.pad_id)
-    return jax.device_put((prompt_BS, mask_BS), batch_sharding(policy.mesh))
+    buckets = policy.prompt.prompt_buckets
+    if len(buckets) > 1:  # the same in all processes
+        longest = largest(max(map(len, ids)))
+        buckets = [length for length in buckets if length >= longest] or buckets
+    return place_rows(pad_prompts(ids, buckets, policy.pad_id), policy.mesh)
 
 
 def roll_out(
@@ -92,7 +101,10 @@ def roll_out(
     step: int,
     settings: SamplingSettings,
 ) -> Rollout:
-    """Samples ``samples`` lists for each example; (seed, step, example id, sample index) names each of them."""
+    """Samples ``samples`` lists for each example; (seed, step, example id, sample index) names each of them.
+
+    ``examples`` are this process's rows of the batch.
+    """
     prompts = place_prompts(policy, examples)
     completions = _sample(policy, params, examples, prompts, samples, seed, step, settings)
     batch = Batch(*prompts, completions.tokens_BGT, completions.mask_BGT)
@@ -111,7 +123,7 @@ def roll_out_and_score(
     step: int,
     settings: SamplingSettings,
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """``roll_out``, with the arrays [B, G] that ``score(examples, lists)`` gives for it.
+    """``roll_out``, with the arrays [B, G] that ``score(examples, lists)`` gives for this process's rows of it.
 
     Goes a microbatch at a time (see ``split_batch``): while the lists of one are read and scored, in a thread of its
     own, the device samples the next.
@@ -160,9 +172,7 @@ def _sample(
     settings: SamplingSettings,
 ) -> Completions:
     """Completions of the examples' placed prompts."""
-    prompt_ids_B = jax.device_put(
-        np.array([example.example_id for example in examples], np.int32), batch_sharding(policy.mesh)
-    )
+    prompt_ids_B = place_rows(np.array([example.example_id for example in examples], np.int32), policy.mesh)
     return policy.sampler(
         params,
         *prompts,
@@ -173,6 +183,13 @@ def _sample(
         settings,
         np.array([policy.tokenizer.eos_token_id, policy.pad_id], np.int32),
     )
+
+
+def all_lists(policy: Policy, rollout: Rollout) -> list[list[ParsedList]]:
+    """The lists of all processes' prompts, in every process."""
+    if jax.process_count() == 1:
+        return rollout.lists
+    return read_lists(policy, gather_rows(rollout.completions, policy.mesh))
 
 
 class Chunk(NamedTuple):
@@ -190,8 +207,8 @@ def padded_chunks(examples: Sequence[Example], size: int) -> Iterator[Chunk]:
 
 
 def read_lists(policy: Policy, completions: Completions) -> list[list[ParsedList]]:
-    """Decodes and parses every completion; one that was cut at the budget has the problem "cut"."""
-    tokens_BGT, mask_BGT, cut_BG = jax.device_get((completions.tokens_BGT, completions.mask_BGT, completions.cut_BG))
+    """Decodes and parses this process's completions; one that was cut at the budget has the problem "cut"."""
+    tokens_BGT, mask_BGT, cut_BG = read_rows((completions.tokens_BGT, completions.mask_BGT, completions.cut_BG))
     B, G, T = tokens_BGT.shape
     lengths = mask_BGT.sum(-1).reshape(-1) - ~cut_BG.reshape(-1)  # without the end token, which is no text
     rows = [row[:length] for row, length in zip(tokens_BGT.reshape(-1, T), lengths, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxnr.config import DistillConfig, GrpoConfig, OptimizerConfig
-from jaxnr.mesh import batch_sharding, replicated, tree_shardings
+from jaxnr.mesh import batch_sharding, replicated, traced_on, tree_shardings
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.models.lora import trainable, with_trainable
 from jaxnr.training import distillation_losses
@@ -103,7 +104,7 @@ def _jit_step(step: Callable, state: TrainState, mesh: Mesh, constants: int = 0)
     """Compiles ``step(state, *constants, batch)``; constants (a teacher's parameters) keep the sharding they have."""
     shardings = tree_shardings(state, mesh)
     return jax.jit(
-        step,
+        traced_on(mesh, step),
         in_shardings=(shardings, *(None,) * constants, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -222,7 +223,7 @@ def make_logprobs(model: Decoder, mesh: Mesh, vocabulary_size: int, config: Grpo
         )
 
     sharding = batch_sharding(mesh)
-    return jax.jit(logprobs, in_shardings=(None, sharding), out_shardings=sharding)
+    return jax.jit(traced_on(mesh, logprobs), in_shardings=(None, sharding), out_shardings=sharding)
 
 
 def _logprobs(model: Decoder, params: dict, batch: Batch, vocabulary_size: int, temperature: float) -> jax.Array:

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from jaxnr.config import PromptConfig
 from jaxnr.data.examples import Example, Signal
-from jaxnr.mesh import batch_sharding
+from jaxnr.hosts import place_rows
 from jaxnr.prompting.output import format_list
 from jaxnr.prompting.prompt import as_shown, encode_completion
 from jaxnr.rewards.specificity import TermStatistics
@@ -73,7 +72,10 @@ def queries_from(texts: Sequence[str], config: PromptConfig, wanted: int) -> tup
 
 
 def place_targets(policy: Policy, targets: Sequence[Target]) -> Batch:
-    """Prompts and their lists as one batch; a list over the generation budget loses its last queries."""
+    """Prompts and their lists as one batch; a list over the generation budget loses its last queries.
+
+    ``targets`` are this process's rows of the batch.
+    """
     T = policy.prompt.max_new_tokens
     shape_BGT = (len(targets), len(targets[0].lists), T)
     tokens_BGT = np.full(shape_BGT, policy.pad_id, np.int32)
@@ -84,7 +86,7 @@ def place_targets(policy: Policy, targets: Sequence[Target]) -> Batch:
             tokens_BGT[row, column, : len(ids)] = ids
             mask_BGT[row, column, : len(ids)] = True
     prompt_BS, prompt_mask_BS = place_prompts(policy, [target.example for target in targets])
-    return Batch(prompt_BS, prompt_mask_BS, *jax.device_put((tokens_BGT, mask_BGT), batch_sharding(policy.mesh)))
+    return Batch(prompt_BS, prompt_mask_BS, *place_rows((tokens_BGT, mask_BGT), policy.mesh))
 
 
 def _fitting_ids(policy: Policy, queries: tuple[str, ...], budget: int) -> list[int]:

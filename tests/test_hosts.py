@@ -1,0 +1,157 @@
+"""Several processes on this machine are one run: they give what one process gives on the same mesh, files and all."""
+
+import dataclasses
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import relative_gap
+from tiny_run import CONFIG
+
+from jaxnr.checkpoint import Checkpoints
+from jaxnr.config import Config, DataConfig, MeshConfig, save_config
+from jaxnr.errors import InputError
+from jaxnr.hosts import join
+from jaxnr.mesh import make_mesh
+from jaxnr.models.decoder import init_params
+from jaxnr.prompting.tokenizer import load_tokenizer
+from jaxnr.training.metrics import read_metrics
+from jaxnr.training.start import make_decoder
+from jaxnr.training.steps import create_state, make_optimizer
+
+pytestmark = pytest.mark.xdist_group("tiny_run")
+
+SMALL = dataclasses.replace(
+    CONFIG,
+    student=CONFIG.teacher,  # of one shape, so that they share their programs
+    warm_start=dataclasses.replace(CONFIG.warm_start, prompts_per_step=8),
+    grpo=dataclasses.replace(CONFIG.grpo, uniform_steps=0, validate_every=0),
+    supervised=dataclasses.replace(CONFIG.supervised, prompts_per_step=8),
+)
+
+
+def walk(config: Config, out: Path, stages: str, processes: int, devices: int, code: int = 0) -> list[tuple[str, str]]:
+    """Walks the stages in so many processes with so many devices each; returns what each wrote to stdout and stderr."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    path = out.parent / f"{out.name}.toml"
+    save_config(config, path)
+    script = [sys.executable, str(Path(__file__).with_name("one_process.py"))]
+    arguments = [str(devices), str(path), str(out), stages]
+    running = []
+    for index in range(processes):
+        place = [f"{index}/{processes}@localhost:{port}"] if processes > 1 else []
+        files = [open(out.parent / f"{out.name}.{index}.{name}", "w+") for name in ("stdout", "stderr")]  # noqa: SIM115
+        running.append((subprocess.Popen([*script, *arguments, *place], stdout=files[0], stderr=files[1]), files))
+    deadline = time.monotonic() + 900
+    try:
+        while any(process.poll() is None for process, _ in running) and time.monotonic() < deadline:
+            if any(process.poll() not in (None, code) for process, _ in running):
+                break  # the others would wait for it
+            time.sleep(0.1)
+    finally:
+        for process, _ in running:
+            process.kill()
+            process.wait()
+    wrote = []
+    for _, files in running:
+        for file in files:
+            file.seek(0)
+        wrote.append(tuple(file.read() for file in files))
+        for file in files:
+            file.close()
+    assert [process.returncode for process, _ in running] == [code] * processes, wrote
+    return wrote
+
+
+def assert_same_run(folder: Path, expected: Path, config: Config) -> None:
+    """Metrics and parameters up to rounding, samples exactly."""
+    logs = (read_metrics(out / "metrics.jsonl") for out in (folder, expected))
+    rows, wanted = (sorted(log, key=lambda row: (row["stage"], row["step"])) for log in logs)
+    assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in wanted]
+    for row, other in zip(rows, wanted, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() - {"stage", "time"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["stage"], row["step"], name)
+    lists = [(out / "teacher_lists.jsonl").read_text() for out in (folder, expected)]
+    assert lists[0] == lists[1]
+    assert '["' in lists[0]  # some are not empty
+    for stage in {row["stage"] for row in wanted}:
+        state, other = (final_state(out, stage, config) for out in (folder, expected))
+        assert relative_gap(state.params, other.params) < 1e-4, stage
+        assert relative_gap(state.opt_state[1][0].mu, other.opt_state[1][0].mu) < 1e-3, stage
+
+
+def final_state(out: Path, stage: str, config: Config):
+    """What a stage ended with, restored by this process onto a single device."""
+    shape = config.teacher if stage in ("warm_start_teacher", "grpo", "grpo_uniform") else config.student
+    model = make_decoder(shape, load_tokenizer(str(out / "tokenizer")))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(init_params(model, jax.random.key(0)), make_optimizer(config.grpo.optimizer, 4), mesh)
+    with Checkpoints(out / "checkpoints" / stage) as checkpoints:
+        restored, _ = checkpoints.restore(state)
+    return jax.tree.map(np.asarray, restored)
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one_and_give_its_numbers(run, tmp_path):
+    """From the middle of Dr.GRPO, with its optimizer state and place in the data, to the end of distillation.
+
+    The one has a single device, so sums over the prompts are in another order.
+    """
+    two = shutil.copytree(run, tmp_path / "two")
+    for name in ("grpo/4", "supervised", "distill"):
+        shutil.rmtree(two / "checkpoints" / name)
+    for name in ("teacher_lists.jsonl", "done/grpo.json", "done/distill.json"):
+        (two / name).unlink()
+    (first, _), (second, _) = walk(CONFIG, two, "data,sft,grpo,distill", processes=2, devices=1)
+    assert_same_run(two, run, CONFIG)
+    assert "grpo: 4/4" in first
+    assert "warm_start" not in first  # that stage had ended
+    assert "grpo" not in second  # only one of them shows progress
+    assert not [path for path in two.rglob("*") if "partial" in path.name or "tmp" in path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "processes", "devices"),
+    [
+        (MeshConfig(data=2), 2, 1),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 4, 2),
+        (MeshConfig(data=1, fsdp=2, tensor=2), 4, 1),  # two processes each have the same prompts
+    ],
+)
+def test_a_whole_run_of_several_processes_is_that_of_one(tmp_path, mesh, processes, devices):
+    """Data, training with validation, and evaluation: everything that a run writes."""
+    config = dataclasses.replace(SMALL, mesh=mesh, grpo=dataclasses.replace(SMALL.grpo, validate_every=2))
+    stages = "data,sft,grpo,distill,evaluate"
+    walk(config, tmp_path / "one", stages, processes=1, devices=processes * devices)
+    walk(config, tmp_path / "several", stages, processes, devices)
+    assert_same_run(tmp_path / "several", tmp_path / "one", config)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("several", "one")]
+    timed = {"seconds", "throughput"}
+    for name in results[1].keys() - timed:
+        assert results[0][name] == results[1][name], name
+    shown = [(tmp_path / name / "showcase.json").read_text() for name in ("several", "one")]
+    assert shown[0] == shown[1]
+
+
+def test_what_the_first_process_cannot_use_stops_all_of_them(tmp_path):
+    config = dataclasses.replace(SMALL, data=DataConfig(format="events", path=str(tmp_path / "absent")))
+    (_, first), (_, second) = walk(config, tmp_path / "run", "data", processes=2, devices=1, code=2)
+    assert "absent" in first
+    assert "The first process stopped" in second
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["yes", "2/2@localhost:1234", "0/2@localhost", "-1/2@localhost:1234"])
+def test_a_place_among_the_processes_that_is_none_is_an_input_error(place):
+    with pytest.raises(InputError, match="expected auto, or I/N@HOST:PORT"):
+        join(place)
