@@ -70,9 +70,9 @@ def on_first(work: Callable[[], Any]) -> None:
         raise InputError("The first process stopped; it has said why.")
 
 
-def first_says(answer: bool) -> bool:
+def first_says(answer: int) -> int:
     """The first process's ``answer``, in every process: files appear at slightly different times on different hosts."""
-    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
+    return answer if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
 
 
 def largest(number: int) -> int:
