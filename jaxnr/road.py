@@ -114,7 +114,7 @@ class Road:
             second_judge=PatientJudge(OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh)))),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
-            last_batch=LastBatch(out / "skipped", tokenizer),
+            last_batch=LastBatch(out / "skipped", tokenizer, mesh),
         )
 
     def policy(self, shape: str) -> Policy:

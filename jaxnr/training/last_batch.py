@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.data.examples import Example
 from jaxnr.files import write_text
+from jaxnr.hosts import gather_rows, is_first
 from jaxnr.training.steps import Batch
 
 
 class LastBatch:
     """Remembers what the last step trained on; ``write`` puts it into ``folder``, as JSON."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
-        self._folder, self._tokenizer = folder, tokenizer
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, mesh: Mesh):
+        self._folder, self._tokenizer, self._mesh = folder, tokenizer, mesh
         self._examples: Sequence[Example] = ()
         self._batch: Batch | None = None
 
     def remember(self, examples: Sequence[Example], batch: Batch) -> None:
-        """Before each step, with this host's examples."""
+        """Before each step, with this process's examples and the whole batch."""
         self._examples, self._batch = examples, batch
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> Path:
         """The file ``<stage>-<step>.json``: per prompt its example id, text and completions; per completion its text,
         tokens, and log-probabilities at sampling and reward where the batch has them. Numbers that are not finite are
-        texts: "nan", "inf". The first host writes, of all of them.
+        texts: "nan", "inf". All processes call it; the first writes.
         """
         assert self._batch is not None, "no step has been made"
-        arrays: dict[str, Any] = {field.name: getattr(self._batch, field.name) for field in _fields(self._batch)}
+        arrays = {name: array for name, array in vars(self._batch).items() if array is not None}
         arrays["example_id_B"] = np.array([example.example_id for example in self._examples])
-        arrays = multihost_utils.process_allgather(arrays, tiled=True) if jax.process_count() > 1 else arrays
-        arrays = jax.device_get(arrays)
+        arrays = gather_rows(arrays, self._mesh)
         path = self._folder / f"{stage}-{step}.json"
-        if jax.process_index() == 0:
+        if is_first():
             prompts = [self._prompt(arrays, row) for row in range(len(arrays["prompt_BS"]))]
             content = {"stage": stage, "step": step, "metrics": dict(metrics), "prompts": prompts}
             write_text(path, json.dumps(_spelt(content), ensure_ascii=False, allow_nan=False))
@@ -67,10 +65,6 @@ class LastBatch:
 
     def _text(self, tokens: np.ndarray) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _fields(batch: Batch) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(batch)  # pyright: ignore[reportArgumentType]  # flax.struct makes it a dataclass
 
 
 def _spelt(value: Any) -> Any:
