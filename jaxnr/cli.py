@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -17,7 +18,7 @@ import tyro
 from jaxnr import __version__
 from jaxnr.config import Config, flatten, load_config, save_config
 from jaxnr.config_rules import validate
-from jaxnr.errors import InputError
+from jaxnr.errors import InputError, Preempted
 from jaxnr.files import read_json
 
 _DEFAULTS = Config()
@@ -247,7 +248,10 @@ _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
 def main() -> None:
-    """Entry point: exits with 0 when all went well, 2 for a mistake in what was given, 130 when interrupted."""
+    """Entry point: exits with 0 when all went well, 2 for what the user can set right, 130 when interrupted.
+
+    With 143 when SIGTERM came: in training the step was finished and saved, elsewhere the process ended at once.
+    """
     try:
         try:
             _parse(sys.argv[1:])()
@@ -261,6 +265,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("jaxnr: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except Preempted as notice:
+        print(f"jaxnr: {notice}; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _parse(args: list[str]) -> Command:

@@ -154,6 +154,9 @@ class RewardConfig:
     """K of alignment: the paper takes 10 of millions, a catalogue of hundreds has three or four a subject."""
     max_facets: int = 6
     """Facets of a user's signals that the coverage rubric asks for."""
+    max_failed_share: float = 0.5
+    """A run stops when the judge or the embedder fails on more than this share of a batch's lists; what fails is left
+    out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,6 +340,8 @@ class Config:
     """Of the world, the models and every draw."""
     checkpoint_every: int = 25
     """Steps between checkpoints; a killed run loses at most so many."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite changes nothing; after more than so many of a stage, it stops."""
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     retrieval: RetrievalConfig = RetrievalConfig()

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from jaxnr.errors import InputError
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a write fails with where the disk, the quota or the largest file is full."""
+
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Lets ``write`` fill a temporary file beside ``path``, then renames it; makes the folder where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Lets ``write`` fill a temporary file beside ``path``, then renames it; makes the folder where there is none.
+
+    Raises InputError where there is no room for it: what was at ``path`` is still there, and nothing else.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with no_room_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def no_room_named(path: Path) -> Iterator[None]:
+    """A write that fails because the disk is full, as an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Make room there.") from error
 
 
 def write_text(path: Path, text: str) -> None:

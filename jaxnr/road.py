@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from jaxnr.checkpoint import Checkpoints
+from jaxnr.checkpoint import Checkpoints, DamagedCheckpoint
 from jaxnr.config import Config, GrpoConfig, RewardConfig, SftConfig
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, split_times
@@ -36,10 +36,12 @@ from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel, Scored, summarise
+from jaxnr.rewards.failures import PatientJudge
 from jaxnr.rewards.judge import Judge, OpenedWhenAsked, open_judge
 from jaxnr.rewards.specificity import TermStatistics
 from jaxnr.sampling.sampler import SamplingSettings
 from jaxnr.training.fresh import fresh_params
+from jaxnr.training.last_batch import LastBatch
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog
 from jaxnr.training.policy_losses import decoupled_reward, overlong_penalty
@@ -89,6 +91,8 @@ class Road:
     """Asked in validation and evaluation alone."""
     signal_terms: TermStatistics
     log: MetricsLog
+    last_batch: LastBatch
+    """Told by each step what it trains on."""
     earlier: list[float] = dataclasses.field(default_factory=list)
     """Seconds that earlier processes took for what this one goes on from, one entry a training stage."""
 
@@ -98,17 +102,21 @@ class Road:
         tables = Tables.load(out / "data")
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
+        tokenizer = load_tokenizer(str(out / "tokenizer"))
         return cls(
             config=config,
             out=out,
             mesh=mesh,
-            tokenizer=load_tokenizer(str(out / "tokenizer")),
+            tokenizer=tokenizer,
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
             rewards=open_rewards(config, out, tables, own_mesh(mesh)),
-            second_judge=OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh))),
+            second_judge=PatientJudge(
+                OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh)))
+            ),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
+            last_batch=LastBatch(out / "skipped", tokenizer, mesh),
         )
 
     def policy(self, shape: str) -> Policy:
@@ -130,7 +138,10 @@ class Road:
         return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
-        """The parameters that a training stage ended with. Raises InputError, naming its command, where it has none."""
+        """The parameters that a training stage ended with.
+
+        Raises InputError, naming the stage's command, where it has none or their checkpoint is damaged.
+        """
         if not self.has_trained(stage):
             raise InputError(
                 f"{self.out}: there is no model of the training stage {stage} yet; "
@@ -138,7 +149,11 @@ class Road:
             )
         params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
-            return checkpoints.restore_params(abstract_on(params, self.mesh))
+            try:
+                return checkpoints.restore_params(abstract_on(params, self.mesh))
+            except DamagedCheckpoint as error:
+                again = f"`jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}`"
+                raise InputError(f"{error} {again} trains again from the checkpoint before.") from None
 
     def roll_out(
         self, policy: Policy, params: dict, examples: Sequence[Example], samples: int, temperature: float, step: int
@@ -182,6 +197,8 @@ class Road:
             checkpoint_every=self.config.checkpoint_every,
             log=self.log,
             resumed=self.earlier.append,
+            max_skipped_steps=self.config.max_skipped_steps,
+            keep_batch=self.last_batch.write,
             **options,
         )
 
@@ -356,6 +373,7 @@ def reinforcement(
             reward_BG=place_rows(reward_BG, road.mesh),
             reference_logprobs_BGT=reference(state.params, rollout.batch) if reference else None,
         )
+        road.last_batch.remember(examples, batch)
         state, metrics = update(state, batch)
         return state, metrics | summarise(gather_rows(scores, road.mesh))
 
@@ -407,6 +425,7 @@ def distill_on_policy(road: Road, student: Policy, params: dict, teacher: Policy
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
         rollout = road.roll_out(student, state.params, examples, config.group_size, config.temperature, index)
+        road.last_batch.remember(examples, rollout.batch)
         return update(state, teacher_params, rollout.batch)
 
     road.train("distill", state, step, section="distill", steps=config.steps)
@@ -458,7 +477,9 @@ def supervise(
     update = make_sft_step(policy.model, optimizer, state, road.mesh, policy.vocabulary_size, config.microbatches)
 
     def step(state: TrainState, examples: list[Example], index: int) -> tuple[TrainState, dict]:
-        return update(state, make_batch(examples, index))
+        batch = make_batch(examples, index)
+        road.last_batch.remember(examples, batch)
+        return update(state, batch)
 
     return road.train(stage, state, step, section=section, steps=config.steps, source=source)
 

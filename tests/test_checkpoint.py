@@ -1,6 +1,7 @@
 """Checkpoints: another mesh, another shape, absent, damaged, and saved while the next step donates its state."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import random_params, tiny_decoder
 
-from jaxnr.checkpoint import Checkpoints
+from jaxnr.checkpoint import Checkpoints, DamagedCheckpoint
 from jaxnr.config import MeshConfig, OptimizerConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh, tree_shardings
@@ -84,27 +85,91 @@ def test_an_absent_checkpoint_is_an_input_error(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_damaged_file_is_an_input_error_or_harmless_whichever_file_it_is(saved, tmp_path):
-    """Each file of the checkpoint in turn is cut in half; what is restored anyway has to be what was saved."""
-    expected, refused = state_of(), []
+@pytest.fixture
+def two(tmp_path):
+    """A folder with the checkpoints of steps 3 and 7."""
+    with Checkpoints(tmp_path / "two") as checkpoints:
+        checkpoints.save(3, state_of(seed=3), {"next": 1})
+        checkpoints.save(7, state_of(), DATA)
+    return tmp_path / "two"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_every_file_of_a_checkpoint_is_checked(saved, tmp_path):
+    """Each in turn is cut off, has a bit flipped, or is gone."""
+    files = [path.relative_to(saved) for path in sorted(saved.rglob("*")) if path.is_file()]
+    assert len(files) > 10
     with Checkpoints(saved) as checkpoints:
-        assert_equal(checkpoints.restore(state_of(seed=1))[0], expected)  # whole, it can be read
-    files = [path.relative_to(saved) for path in sorted(saved.rglob("*")) if path.is_file() and path.stat().st_size]
+        assert checkpoints.newest_whole() == 7
     for index, name in enumerate(files):
-        copy = tmp_path / str(index)
-        shutil.copytree(saved, copy)
-        content = (copy / name).read_bytes()
-        (copy / name).write_bytes(content[: len(content) // 2])
-        with Checkpoints(copy) as checkpoints:
-            try:
-                restored, data = checkpoints.restore(state_of(seed=1))
-            except InputError as error:
-                refused.append(str(error))
+        for damage in (cut, flip, Path.unlink):
+            copy = shutil.copytree(saved, tmp_path / f"{index}-{damage.__name__}")
+            if damage is not Path.unlink and not (copy / name).stat().st_size:
                 continue
-        assert_equal(restored, expected)
-        assert data == DATA
-    assert len(refused) >= 3
-    assert all(message.startswith(f"{tmp_path}") and "checkpoint cannot be read" in message for message in refused)
+            damage(copy / name)
+            with Checkpoints(copy) as checkpoints:
+                if name.name == "manifest.json" and damage is Path.unlink:
+                    assert checkpoints.newest_whole() is None  # as a kill leaves the first checkpoint
+                    continue
+                with pytest.raises(InputError, match="none of the checkpoints is whole") as caught:
+                    checkpoints.newest_whole()
+            assert str(caught.value).startswith(f"{copy}: ")
+            if name.name != "manifest.json":  # what is changed there blames a file
+                assert f"step 7: {name.relative_to('7')} " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(cut, " bytes"), (flip, "other content than was written"), (Path.unlink, "is missing")]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(two, caplog, damage, said):
+    file = largest_file(two / "7")
+    damage(file)
+    with Checkpoints(two) as checkpoints:
+        restored, data = checkpoints.restore(state_of(seed=1))
+    assert_equal(restored, state_of(seed=3))
+    assert data == {"next": 1}
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{two}: a checkpoint is not whole (step 7: {file.relative_to(two / '7')} ")
+    assert said in warning
+    assert warning.endswith("the one of step 3 is used.")
+
+
+def test_a_checkpoint_without_its_manifest_is_unfinished(two, caplog):
+    (two / "7" / "manifest.json").unlink()
+    with Checkpoints(two) as checkpoints:
+        assert checkpoints.newest_whole() == 3
+    assert "step 7: it has no manifest.json" in caplog.text
+
+
+def test_parameters_of_a_damaged_checkpoint_are_not_replaced_by_those_of_an_earlier_one(two):
+    flip(largest_file(two / "7" / "params"))
+    with Checkpoints(two) as checkpoints, pytest.raises(DamagedCheckpoint, match=r"step 7 is not whole \(params/.*\)"):
+        checkpoints.restore_params(state_of().params)
+
+
+def test_what_is_gone_on_from_is_written_again(two):
+    """The damaged checkpoint of the step that is reached again does not stand in the way, nor what a kill left."""
+    flip(largest_file(two / "7"))
+    (two / "9.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(two) as checkpoints:
+        checkpoints.discard_after(checkpoints.newest_whole())
+        assert [path.name for path in two.iterdir()] == ["3"]
+        checkpoints.save(7, state_of(), DATA)
+    with Checkpoints(two) as checkpoints:
+        assert_equal(checkpoints.restore(state_of(seed=1))[0], state_of())
 
 
 def test_a_save_holds_the_state_of_its_step_though_the_next_steps_donate_it(tmp_path):

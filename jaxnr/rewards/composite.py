@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxnr.config import Config, RewardConfig
 from jaxnr.data.examples import Example
+from jaxnr.errors import InputError
 from jaxnr.prompting.output import ParsedList
 from jaxnr.retrieval.embedder import Embedder
 from jaxnr.retrieval.index import ArticleIndex, Rows
@@ -19,6 +20,7 @@ from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
 from jaxnr.rewards.criteria import TextRubric, subject_of, text_rubric
 from jaxnr.rewards.diversity import diversity
+from jaxnr.rewards.failures import FEWEST_FAILURES, PatientEmbedder, PatientJudge
 from jaxnr.rewards.judge import Judge, judged_rewards
 from jaxnr.rewards.rubric import FACET_WORDS, Calibration, Rubric, build_rubric, in_article_words
 from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity, telling_words
@@ -28,6 +30,11 @@ FEEDBACK_ARTICLES = 5
 """Articles that a facet is moved towards: about as many as the catalogue has on one subject."""
 
 REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
+
+_EMBEDDED = {"align", "coverage", "diversity"}
+"""The rewards that are made of the queries' vectors."""
+
+_NO_QUESTIONS = text_rubric((), ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Retrieved:
     """Rows of the index, best first; -1 where there is none."""
     article_scores_BGQK: np.ndarray
     """Cosines; -inf where there is no article or no query."""
+    failed_BG: np.ndarray
+    """Lists with a query that the embedder failed on: it finds nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +103,24 @@ class RewardModel:
         self.statistics, self.signal_terms = statistics, signal_terms
         self.articles_IE = articles_IE
         self.item_ids_I = np.array(item_ids_I)
-        self.config, self.judge = config, judge
+        self.config, self.judge = config, PatientJudge(judge) if judge else None
+        self._patient_embedder = PatientEmbedder(embedder)
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
         self._rubrics: dict[int, Rubric] = {}
         self._text_rubrics: dict[int, TextRubric] = {}
         self._criteria: dict[str, tuple[float, ...]] = {}
 
     def __call__(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Scored:
-        """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G)."""
+        """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G).
+
+        What judge or embedder raise costs the lists that they raise for: no rewards (NaN), and no total. Raises
+        InputError where that is more than the share ``reward.max_failed_share`` of those that could have one.
+        """
         # First: an endpoint is asked while the device is still busy with other lists.
         judged = self.judged_by(self.judge, examples, lists) if self.judge else {}
         found = self.retrieve(examples, lists)
         criteria_NC = np.array([*map(self._criteria_of, found.texts), (0.0,) * len(CRITERIA)], np.float32)
-        rubrics = self._rubrics_of(examples)
+        rubrics, valid_BG = self._rubrics_of(examples), structure(lists)
         rewards, total_BG = _jitted_score(
             queries_BGQE=found.queries_BGQE,
             query_mask_BGQ=found.query_mask_BGQ,
@@ -114,13 +128,34 @@ class RewardModel:
             criteria_BGQC=criteria_NC[found.text_BGQ],
             facets_BJE=np.stack([rubric.facets_JE for rubric in rubrics]),
             weights_BJ=np.stack([rubric.weights_J for rubric in rubrics]),
-            valid_BG=structure(lists),
+            valid_BG=valid_BG,
             judged=judged,
             calibration=self.calibration,
             weights=self.config.reward,
         )
         assert total_BG.shape == found.text_BGQ.shape[:2]
-        return Scored({name: np.asarray(reward_BG) for name, reward_BG in rewards.items()}, np.asarray(total_BG), found)
+        lost_BG = found.failed_BG & (valid_BG > 0)
+        rewards = {
+            name: np.where(lost_BG & (name in _EMBEDDED), np.nan, reward_BG) for name, reward_BG in rewards.items()
+        }
+        total_BG = np.where(lost_BG, np.nan, total_BG)
+        # A user without a known signal has no rubric, and no total: that is no failure.
+        unknown_B = [
+            e.example_id in self._rubrics and not self._rubrics[e.example_id].weights_J.any() for e in examples
+        ]
+        possible_BG = ~np.array(unknown_B)[:, None] & (valid_BG > 0)
+        self._check_share(int((possible_BG & np.isnan(total_BG)).sum()), int(possible_BG.sum()))
+        return Scored(rewards, total_BG, found)
+
+    def _check_share(self, failures: int, lists: int) -> None:
+        share = self.config.reward.max_failed_share
+        if failures and failures >= min(FEWEST_FAILURES, lists) and failures > share * lists:
+            error = (self.judge.last_error if self.judge else None) or self._patient_embedder.last_error
+            raise InputError(
+                f"The judge or the embedder failed on {failures} of {lists} lists of a batch, more than the share of "
+                f"{share} that `reward.max_failed_share` allows; "
+                + (f"the last error: {error!r}." if error else "the judge's answers are NaN.")
+            ) from error
 
     def with_weights(self, weights: RewardConfig) -> RewardModel:
         """The same rewards under the weights of ``weights``; its other settings are ignored."""
@@ -143,14 +178,18 @@ class RewardModel:
     ) -> dict[str, np.ndarray]:
         """coverage and specificity [B, G] of ``lists[b][g]`` by any judge; see ``judged_rewards``."""
         self.precompute(examples)
-        return judged_rewards(judge, [self._text_rubrics[example.example_id] for example in examples], lists)
+        return judged_rewards(
+            judge, [self._text_rubrics.get(example.example_id, _NO_QUESTIONS) for example in examples], lists
+        )
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
         """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""
         texts, text_BGQ = _unique_queries(lists, self.config.prompt.max_queries)
-        mask_BGQ = text_BGQ >= 0
+        embeddings_NE, failed_N = self._embed(texts)
         # Row -1, the last, is what a missing query gets: zeros.
-        queries_BGQE = np.vstack([self._embed(texts), np.zeros((1, self.embedder.size), np.float32)])[text_BGQ]
+        queries_BGQE = np.vstack([embeddings_NE, np.zeros((1, self.embedder.size), np.float32)])[text_BGQ]
+        failed_BGQ = np.append(failed_N, False)[text_BGQ]
+        mask_BGQ = (text_BGQ >= 0) & ~failed_BGQ
         scores_BGQK, rows_BGQK = self._search(examples, queries_BGQE, self.config.retrieval.articles_per_query)
         return Retrieved(
             texts=texts,
@@ -159,15 +198,20 @@ class RewardModel:
             query_mask_BGQ=mask_BGQ,
             article_rows_BGQK=np.where(mask_BGQ[..., None], rows_BGQK, -1),
             article_scores_BGQK=np.where(mask_BGQ[..., None], scores_BGQK, -np.inf),
+            failed_BG=np.any(failed_BGQ, axis=-1),
         )
 
     def precompute(self, examples: Sequence[Example]) -> None:
-        """Builds the rubrics of many examples at once, each text embedded once."""
+        """Builds the rubrics of many examples at once, each text embedded once.
+
+        An example with a signal that the embedder fails on has none until the next time.
+        """
         new = [example for example in examples if example.example_id not in self._rubrics]
         texts = dict.fromkeys(signal.text for example in new for signal in example.signals)
         row_of = {text: row for row, text in enumerate(texts)}
         telling = {text: telling_words(text, self.signal_terms, FACET_WORDS) for text in texts}
-        embeddings_NE = self._embed(list(telling.values()))
+        embeddings_NE, failed_N = self._embed(list(telling.values()))
+        new = [e for e in new if not any(failed_N[row_of[signal.text]] for signal in e.signals)]
         rubrics = [
             build_rubric(
                 embeddings_NE[[row_of[signal.text] for signal in example.signals]],
@@ -200,15 +244,20 @@ class RewardModel:
     def text_rubric(self, example: Example) -> TextRubric:
         """The rubric as questions; built once."""
         self.precompute([example])
-        return self._text_rubrics[example.example_id]
+        return self._text_rubrics.get(example.example_id, _NO_QUESTIONS)
 
     def _rubrics_of(self, examples: Sequence[Example]) -> list[Rubric]:
         self.precompute(examples)
-        return [self._rubrics[example.example_id] for example in examples]
+        E, max_facets = self.embedder.size, self.config.reward.max_facets
+        empty = Rubric(np.zeros((max_facets, E), np.float32), np.zeros(max_facets, np.float32), ())
+        return [self._rubrics.get(example.example_id, empty) for example in examples]
 
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Queries and signals alike go in as queries, so that their cosines are those of the calibration."""
-        return self.embedder.embed_queries(texts) if texts else np.zeros((0, self.embedder.size), np.float32)
+    def _embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors [N, E], and for which texts the embedder failed [N].
+
+        Queries and signals alike go in as queries, so that their cosines are those of the calibration.
+        """
+        return self._patient_embedder(texts)
 
     def _criteria_of(self, query: str) -> tuple[float, ...]:
         if query not in self._criteria:

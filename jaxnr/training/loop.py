@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,13 @@ import jax
 import numpy as np
 
 from jaxnr.checkpoint import Checkpoints
+from jaxnr.errors import InputError, Preempted
 from jaxnr.progress import progress
 from jaxnr.training.metrics import MetricsLog
+from jaxnr.training.preemption import preemption_notice
 from jaxnr.training.steps import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
@@ -37,24 +42,33 @@ def train(
     validate: Callable[[dict], dict] | None = None,
     validate_every: int = 0,
     resumed: Callable[[float], None] | None = None,
+    max_skipped_steps: int = 0,
+    keep_batch: Callable[[str, int, dict], Path] | None = None,
 ) -> TrainState:
-    """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest checkpoint in ``folder`` if any.
+    """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest whole checkpoint if there is any.
 
     ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
     end; they never change what is trained. A stage of no steps leaves a checkpoint of what it was given.
 
     A checkpoint holds the seconds that its steps took, over all processes; ``resumed`` is told those of the one that is
     gone on from. What a kill destroys, the steps since the last checkpoint, is lost from the count too.
+
+    A step whose metric ``skipped`` is 1 has changed nothing, since its loss or gradient was not finite. They are
+    counted over all processes; ``keep_batch(stage, step, metrics)`` writes what it trained on. Raises InputError,
+    naming that file, after more than ``max_skipped_steps``, and Preempted after the step in which SIGTERM came, once
+    it is saved.
     """
-    started, earlier = time.monotonic(), 0.0
-    with Checkpoints(folder) as checkpoints:
-        saved = checkpoints.latest_step()
+    started, earlier, skipped = time.monotonic(), 0.0, 0
+    preempted = False
+    with Checkpoints(folder) as checkpoints, preemption_notice() as preempted_after:
+        saved = checkpoints.newest_whole()
+        checkpoints.discard_after(-1 if saved is None else saved)
         if saved is None and not steps:
             checkpoints.save(0, state, batches.get_state())
         done = saved or 0
         if done:
-            state, data_state = checkpoints.restore(state)
-            earlier = data_state.pop("seconds", 0.0)
+            state, data_state = checkpoints.restore(state, done)
+            earlier, skipped = data_state.pop("seconds", 0.0), data_state.pop("skipped", 0)
             batches.set_state(data_state)
             if resumed:
                 resumed(earlier)
@@ -65,11 +79,34 @@ def train(
             for index in range(done, steps):
                 state, metrics = step(state, next(batches), index)
                 metrics = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
+                if "skipped" in metrics:
+                    skipped += int(metrics["skipped"])
+                    metrics["skipped_steps"] = skipped
                 if validate and validate_every and ((index + 1) % validate_every == 0 or index + 1 == steps):
                     metrics |= validate(state.params)
                 log.write(stage, index + 1, metrics)
                 bar.advance(metrics)
-                if (index + 1) % checkpoint_every == 0 or index + 1 == steps:
+                if metrics.get("skipped"):
+                    kept = f"; its batch is in {keep_batch(stage, index + 1, metrics)}" if keep_batch else ""
+                    problem = f"{stage}: the loss or the gradient of step {index + 1} is not finite{kept}"
+                    if skipped > max_skipped_steps:
+                        raise InputError(
+                            f"{problem}. It is the {_th(skipped)} such step; `max_skipped_steps` allows "
+                            f"{max_skipped_steps}."
+                        )
+                    logger.warning("%s. The step is skipped, the %s of this stage.", problem, _th(skipped))
+                preempted = preempted_after(index + 1)
+                if preempted or (index + 1) % checkpoint_every == 0 or index + 1 == steps:
                     seconds = round(earlier + time.monotonic() - started, 3)
-                    checkpoints.save(index + 1, state, batches.get_state() | {"seconds": seconds})
+                    data_state = batches.get_state() | {"seconds": seconds, "skipped": skipped}
+                    checkpoints.save(index + 1, state, data_state)
+                if preempted:
+                    break
+    if preempted:  # the checkpoint is on disk
+        raise Preempted(f"stopped by SIGTERM after step {index + 1} of {steps} of {stage}, which is saved")
     return state
+
+
+def _th(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 from jaxnr.errors import InputError
-from jaxnr.files import write_json_lines
+from jaxnr.files import no_room_named, write_json_lines
 from jaxnr.hosts import is_first
 
 
@@ -30,14 +32,24 @@ class MetricsLog:
             write_json_lines(path, read_metrics(path))
 
     def write(self, stage: str, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Appends one row; Python, numpy and jax scalars will do."""
+        """Appends one row, whole or not at all; Python, numpy and jax scalars will do.
+
+        Raises InputError where the disk is full.
+        """
         if not is_first():
             return
         row = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
         row |= {name: _number(value) for name, value in metrics.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab", buffering=0) as file:  # one write call a row: a reader never sees two rows mixed
-            file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with no_room_named(self.path), open(self.path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:  # one write call a row: a reader never sees two rows mixed
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
 
     def truncate_after(self, stage: str, step: int) -> None:
         """Removes the stage's rows of later steps: a resumed run writes them again."""
