@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +13,7 @@ from tiny import random_params, tiny_decoder
 
 from jaxnr.config import MeshConfig, OptimizerConfig
 from jaxnr.data.pipeline import training_batches
+from jaxnr.errors import InputError, Preempted
 from jaxnr.mesh import make_mesh
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog, read_metrics
@@ -35,17 +38,21 @@ def sft():
     return make_sft_step(MODEL, OPTIMIZER, fresh_state(), MESH, 61)
 
 
-def run(folder, sft, killed_at=None, resumed=None):
+def run(folder, sft, killed_at=None, resumed=None, sigterm_at=None, poisoned=(), **options):
     """The real SFT step over the real pipeline; an example is a seed of its tokens."""
 
     def step(state, examples, index):
         if index == killed_at:
             raise Killed
+        if index == sigterm_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         rng = np.random.default_rng([*examples, index])
         prompt_BS = rng.integers(0, 61, (2, 4)).astype(np.int32)
         completion_BGT = rng.integers(0, 61, (2, 1, 3)).astype(np.int32)
         batch = Batch(prompt_BS, np.ones((2, 4), bool), completion_BGT, np.ones((2, 1, 3), bool))
         state, metrics = sft(state, batch)
+        if index in poisoned:  # what the step says of itself where its gradient is not finite
+            metrics |= {"loss": np.float32(np.nan), "skipped": 1.0}
         return state, metrics | {"examples": sum(example * 10**i for i, example in enumerate(examples))}
 
     return train(
@@ -60,6 +67,7 @@ def run(folder, sft, killed_at=None, resumed=None):
         validate=lambda params: {"norm": float(np.square(params["norm"]["weight"]).sum())},
         validate_every=2,
         resumed=resumed,
+        **options,
     )
 
 
@@ -110,3 +118,53 @@ def test_a_finished_run_takes_no_more_steps(tmp_path, sft, uninterrupted):
     run(tmp_path, sft)
     assert_same(run(tmp_path, sft, killed_at=0), uninterrupted[0])
     assert rows(tmp_path) == uninterrupted[1]
+
+
+def test_sigterm_finishes_the_step_saves_it_and_says_so(tmp_path, sft, uninterrupted):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM after step 5 of 7 of sft, which is saved$"):
+        run(tmp_path, sft, sigterm_at=4)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    state, log = uninterrupted
+    assert_same(run(tmp_path, sft, killed_at=4), state)  # goes on after the step, not with it
+    assert rows(tmp_path) == log
+
+
+def test_sigterm_in_the_last_step_still_stops_the_run(tmp_path, sft, uninterrupted):
+    with pytest.raises(Preempted, match="after step 7 of 7"):
+        run(tmp_path, sft, sigterm_at=STEPS - 1)
+    assert_same(run(tmp_path, sft, killed_at=0), uninterrupted[0])
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, sft, uninterrupted, caplog):
+    run(tmp_path, sft)
+    largest = max((tmp_path / "checkpoints" / "7").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    largest.write_bytes(largest.read_bytes()[:-1])
+    state, log = uninterrupted
+    assert_same(run(tmp_path, sft, killed_at=5), state)
+    assert "the one of step 6 is used" in caplog.text
+    assert rows(tmp_path) == log
+    caplog.clear()
+    assert_same(run(tmp_path, sft, killed_at=0), state)
+    assert not caplog.messages
+
+
+def test_skipped_steps_are_counted_over_kills_and_too_many_stop_the_run(tmp_path, sft):
+    kept = []
+
+    def keep(stage, step, metrics):
+        assert np.isnan(metrics["loss"])
+        kept.append(tmp_path / f"{stage}-{step}.json")
+        return kept[-1]
+
+    poisoned = {1, 2, 5}
+    with pytest.raises(Killed):
+        run(tmp_path, sft, killed_at=4, poisoned=poisoned, max_skipped_steps=2, keep_batch=keep)
+    with pytest.raises(InputError) as stopped:
+        run(tmp_path, sft, poisoned=poisoned, max_skipped_steps=2, keep_batch=keep)
+    assert [path.name for path in kept] == ["sft-2.json", "sft-3.json", "sft-6.json"]
+    assert str(kept[-1]) in str(stopped.value)
+    assert "3rd such step; `max_skipped_steps` allows 2" in str(stopped.value)
+    assert [row["skipped_steps"] for row in rows(tmp_path)[1:]] == [0, 1, 2, 2, 2, 3]
+    assert [row["loss"] is None for row in rows(tmp_path)[1:]] == [False, True, True, False, False, True]

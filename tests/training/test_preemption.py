@@ -1,0 +1,52 @@
+"""SIGTERM: caught inside, given back afterwards; a second one is not caught."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from jaxnr.training.preemption import preemption_notice
+
+
+@pytest.fixture
+def outer():
+    """What SIGTERM did before: here, it is counted."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_first_sigterm_is_noticed_and_the_second_does_what_it_did_before(outer):
+    with preemption_notice() as preempted_after:
+        assert not preempted_after(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preempted_after(2)
+        assert preempted_after(3)
+        assert outer == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer == [1]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert outer == [1, 1]
+
+
+def test_the_handler_is_given_back_after_an_error(outer):
+    with pytest.raises(ZeroDivisionError), preemption_notice():
+        raise ZeroDivisionError
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert outer == [1]
+
+
+def test_outside_the_main_thread_nothing_is_caught(outer):
+    def inside():
+        with preemption_notice() as preempted_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+            noticed.append(preempted_after(1))
+
+    noticed = []
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert noticed == [False]
+    assert outer == [1]
