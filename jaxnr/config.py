@@ -155,8 +155,8 @@ class RewardConfig:
     max_facets: int = 6
     """Facets of a user's signals that the coverage rubric asks for."""
     max_failed_share: float = 0.5
-    """A run stops when the judge or the embedder fails on more than this share of a batch's lists; what fails is left
-    out."""
+    """A run stops when the judge or the embedder fails on more than this share of a batch's lists, ten at least; what
+    fails is left out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

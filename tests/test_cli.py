@@ -12,7 +12,7 @@ import pytest
 
 from jaxnr import cli
 from jaxnr.config import Config, load_config, save_config
-from jaxnr.errors import InputError
+from jaxnr.errors import InputError, Preempted
 
 
 def jaxnr(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -169,6 +169,19 @@ def test_interrupted_run_exits_with_130_and_says_how_to_go_on(walked, config_fil
         cli.main()
     assert stopped.value.code == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_preempted_run_exits_with_143_and_says_how_to_go_on(walked, config_file, tmp_path, monkeypatch, capsys):
+    def preempt(*_):
+        raise Preempted("stopped by SIGTERM after step 3 of 9 of grpo, which is saved")
+
+    monkeypatch.setattr(sys.modules["jaxnr.road"], "run_stages", preempt)
+    monkeypatch.setattr(sys, "argv", ["jaxnr", "run", str(config_file), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 143
+    message = capsys.readouterr().err
+    assert "after step 3 of 9 of grpo, which is saved; the same command with --resume goes on" in message
 
 
 def test_generate_wants_one_user_and_a_run(tmp_path):

@@ -14,7 +14,7 @@ from tiny_run import CONFIG, finished_run, tiny_surroundings
 
 import jaxnr
 import jaxnr.road
-from jaxnr import cli
+from jaxnr import cli, manifest
 from jaxnr.config import GrpoConfig, JudgeConfig, SecondJudgeConfig, save_config
 from jaxnr.data.prepare import read_report
 from jaxnr.errors import InputError
@@ -232,6 +232,7 @@ def test_a_stage_counts_the_seconds_of_the_processes_before(copy, surroundings, 
         content = json.loads(held.read_text())
         assert 0 < content["seconds"] <= results["seconds"]["grpo"]
         held.write_text(json.dumps(content | {"seconds": 3600.0}))
+        manifest.seal(held.parents[1])
     run_stages(CONFIG, copy, ("grpo",), resume=True)
     assert 7200 <= json.loads((copy / "done" / "grpo.json").read_text())["seconds"] < 7300
 

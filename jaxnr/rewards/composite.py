@@ -20,7 +20,7 @@ from jaxnr.rewards.align import align
 from jaxnr.rewards.coverage import coverage
 from jaxnr.rewards.criteria import TextRubric, subject_of, text_rubric
 from jaxnr.rewards.diversity import diversity
-from jaxnr.rewards.failures import FEWEST_FAILURES, PatientEmbedder, PatientJudge
+from jaxnr.rewards.failures import PatientEmbedder, PatientJudge
 from jaxnr.rewards.judge import Judge, judged_rewards
 from jaxnr.rewards.rubric import FACET_WORDS, Calibration, Rubric, build_rubric, in_article_words
 from jaxnr.rewards.specificity import CRITERIA, TermStatistics, specificity, telling_words
@@ -28,6 +28,9 @@ from jaxnr.rewards.structure import structure
 
 FEEDBACK_ARTICLES = 5
 """Articles that a facet is moved towards: about as many as the catalogue has on one subject."""
+
+FEWEST_LISTS = 10
+"""So many are counted before the share of failures can stop a run."""
 
 REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
 
@@ -105,6 +108,7 @@ class RewardModel:
         self.item_ids_I = np.array(item_ids_I)
         self.config, self.judge = config, PatientJudge(judge) if judge else None
         self._patient_embedder = PatientEmbedder(embedder)
+        self._failures, self._lists = 0, 0
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
         self._rubrics: dict[int, Rubric] = {}
         self._text_rubrics: dict[int, TextRubric] = {}
@@ -114,7 +118,7 @@ class RewardModel:
         """Scores ``lists[b][g]``, sampled for ``examples[b]``. Compiles once for each (B, G).
 
         What judge or embedder raise costs the lists that they raise for: no rewards (NaN), and no total. Raises
-        InputError where that is more than the share ``reward.max_failed_share`` of those that could have one.
+        InputError past the share ``reward.max_failed_share`` of those that could have one.
         """
         # First: an endpoint is asked while the device is still busy with other lists.
         judged = self.judged_by(self.judge, examples, lists) if self.judge else {}
@@ -148,11 +152,17 @@ class RewardModel:
         return Scored(rewards, total_BG, found)
 
     def _check_share(self, failures: int, lists: int) -> None:
+        """Of this batch, together with the last ones where they have few lists: by chance all of two may fail."""
+        self._failures, self._lists = self._failures + failures, self._lists + lists
+        if self._lists < FEWEST_LISTS:
+            return
+        failures, lists = self._failures, self._lists
+        self._failures = self._lists = 0
         share = self.config.reward.max_failed_share
-        if failures and failures >= min(FEWEST_FAILURES, lists) and failures > share * lists:
+        if failures > share * lists:
             error = (self.judge.last_error if self.judge else None) or self._patient_embedder.last_error
             raise InputError(
-                f"The judge or the embedder failed on {failures} of {lists} lists of a batch, more than the share of "
+                f"The judge or the embedder failed on {failures} of the last {lists} lists, more than the share of "
                 f"{share} that `reward.max_failed_share` allows; "
                 + (f"the last error: {error!r}." if error else "the judge's answers are NaN.")
             ) from error

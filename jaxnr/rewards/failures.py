@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 FIRST_ALONE = 8
 """Of a batch on which a judge or an embedder raises, so many are tried one by one before it counts as down."""
 
-FEWEST_FAILURES = 10
-"""So many have to fail before their share can stop a run; or all, of a batch that has fewer."""
-
 
 class PatientJudge:
     """Any judge, whose exceptions cost the lists that raise them: their answers are NaN. InputError still stops a run.

@@ -22,7 +22,6 @@ from anyio.from_thread import start_blocking_portal
 from jaxnr.config import JudgeConfig
 from jaxnr.errors import InputError
 from jaxnr.rewards.criteria import Criterion
-from jaxnr.rewards.failures import FEWEST_FAILURES
 from jaxnr.rewards.judge import context, request
 
 FIRST_DELAY = 0.5
@@ -33,6 +32,9 @@ LONGEST_DELAY = 60.0
 
 LARGEST_RESPONSE = 2**20
 """Bytes of a response that are read; a longer one is a failure."""
+
+FEWEST_FAILURES = 10
+"""So many questions have to fail before their share can stop a run; or all, of a batch that has fewer."""
 
 _RETRIED = frozenset({408, 429})  # and 5xx
 _ANSWER_TOKENS = 8

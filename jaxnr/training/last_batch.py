@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -39,11 +37,8 @@ class LastBatch:
         """
         assert self._batch is not None, "no step has been made"
         arrays = {name: array for name, array in vars(self._batch).items() if array is not None}
-        if jax.process_count() > 1:
-            arrays = multihost_utils.process_allgather(arrays, tiled=True)
-        arrays = jax.device_get(arrays)
-        ids = {"example_id_B": np.array([example.example_id for example in self._examples])}
-        arrays |= gather_rows(ids, self._mesh)
+        arrays["example_id_B"] = np.array([example.example_id for example in self._examples])
+        arrays = gather_rows(arrays, self._mesh)
         path = self._folder / f"{stage}-{step}.json"
         if is_first():
             prompts = [self._prompt(arrays, row) for row in range(len(arrays["prompt_BS"]))]

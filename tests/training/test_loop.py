@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny import random_params, tiny_decoder
+from tiny import quick, random_params, tiny_decoder
 
+from jaxnr.checkpoint import Checkpoints
 from jaxnr.config import MeshConfig, OptimizerConfig
 from jaxnr.data.pipeline import training_batches
 from jaxnr.errors import InputError, Preempted
-from jaxnr.mesh import make_mesh
+from jaxnr.mesh import batch_sharding, make_mesh
 from jaxnr.training.loop import train
 from jaxnr.training.metrics import MetricsLog, read_metrics
 from jaxnr.training.steps import Batch, create_state, make_optimizer, make_sft_step
@@ -168,3 +169,35 @@ def test_skipped_steps_are_counted_over_kills_and_too_many_stop_the_run(tmp_path
     assert "3rd such step; `max_skipped_steps` allows 2" in str(stopped.value)
     assert [row["skipped_steps"] for row in rows(tmp_path)[1:]] == [0, 1, 2, 2, 2, 3]
     assert [row["loss"] is None for row in rows(tmp_path)[1:]] == [False, True, True, False, False, True]
+
+
+def test_a_run_goes_on_on_another_mesh_with_the_same_numbers(tmp_path):
+    """Parameters and optimizer state alike: two steps on one device, then two on eight."""
+    one, eight = MESH, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def batch(index):
+        rng = np.random.default_rng(index)
+        prompt_BS, completion_BGT = rng.integers(0, 61, (4, 4)), rng.integers(0, 61, (4, 1, 3))
+        arrays = (prompt_BS.astype(np.int32), np.ones((4, 4), bool), completion_BGT.astype(np.int32))
+        return Batch(*arrays, np.ones((4, 1, 3), bool))
+
+    def steps(mesh, state, indices):
+        step = quick(make_sft_step(MODEL, OPTIMIZER, state, mesh, 61))
+        losses = []
+        for index in indices:
+            state, metrics = step(state, jax.device_put(batch(index), batch_sharding(mesh)))
+            losses.append(float(metrics["loss"]))
+        return state, losses
+
+    fresh = {mesh: create_state(random_params(MODEL), OPTIMIZER, mesh) for mesh in (one, eight)}
+    halfway, _ = steps(one, fresh[one], (0, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, halfway, {})
+        expected, expected_losses = steps(one, halfway, (2, 3))
+    with Checkpoints(tmp_path) as checkpoints:
+        moved, _ = checkpoints.restore(fresh[eight])
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(moved)} == {8}
+    found, losses = steps(eight, moved, (2, 3))
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for actual, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
