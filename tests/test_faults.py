@@ -14,6 +14,7 @@ from jaxnr.errors import InputError
 from jaxnr.rewards.composite import RewardModel
 from jaxnr.road import Road, run_stages
 from jaxnr.training.metrics import read_metrics
+from jaxnr.training.rollout import place_prompts
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
 
@@ -42,10 +43,9 @@ def test_a_later_stage_names_the_command_that_replaces_a_damaged_checkpoint(run,
     road = Road.open(CONFIG, copy)
     with pytest.raises(InputError) as caught:
         road.trained_params(road.policy("teacher"), "grpo")
-    assert str(caught.value).startswith(
-        f"{last.parent}: the checkpoint of step {CONFIG.grpo.steps} is not whole (params/"
-    )
-    assert f"`jaxnr grpo CONFIG --out {copy}` trains again" in str(caught.value)
+    message = str(caught.value)
+    assert message.startswith(f"{last.parent}: the checkpoint of step {CONFIG.grpo.steps} is not whole (params/")
+    assert f"`jaxnr grpo CONFIG --out {copy}` trains again" in message
     run_stages(CONFIG, copy, ("grpo",))  # what that command does
     redone, whole = outcome(copy, "grpo")["grpo"], outcome(run, "grpo")["grpo"]
     assert redone["rows"] == whole["rows"]
@@ -54,12 +54,12 @@ def test_a_later_stage_names_the_command_that_replaces_a_damaged_checkpoint(run,
 
 
 class Moody:
-    """A judge that raises for about a third of the lists and has no answer for one question of another third."""
+    """A judge that raises for a quarter of the lists and has no answer for one question of another quarter."""
 
     always = False
 
     def __call__(self, lists, criteria):
-        mood = [sum(map(ord, "".join(queries))) % 3 for queries in lists]
+        mood = [sum(map(ord, "".join(queries))) % 4 for queries in lists]
         if self.always or 0 in mood:
             raise ConnectionError("the judge has gone away")
         yes_NC = np.full((len(lists), max(map(len, criteria))), 0.5)
@@ -75,7 +75,7 @@ def test_a_judge_that_raises_costs_its_lists_and_one_that_is_down_stops_the_run(
     run_stages(config, before_grpo, ("grpo",))
     logged = rows(before_grpo, "grpo")[1:]
     assert len(logged) == CONFIG.grpo.steps
-    assert any(0.3 < row["reward/failed"] < 1 for row in logged)
+    assert any(0.2 < row["reward/failed"] < 1 for row in logged)
     assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in logged)
     assert any(row["grad_norm"] > 0 for row in logged)
     shutil.rmtree(before_grpo / "checkpoints" / "grpo")
@@ -108,9 +108,11 @@ def test_a_reward_that_is_not_finite_skips_its_step_and_leaves_its_batch(before_
     kept = json.loads((before_grpo / "skipped" / files[0]).read_text())
     assert (kept["stage"], kept["metrics"]["loss"]) == ("grpo", "nan")
     assert len(kept["prompts"]) == CONFIG.grpo.prompts_per_step
-    examples = {example.example_id: example for example in Road.open(CONFIG, before_grpo).examples["train"]}
+    road = Road.open(CONFIG, before_grpo)
+    examples = {example.example_id: example for example in road.examples["train"]}
     for prompt in kept["prompts"]:
-        assert examples[prompt["example_id"]].signals[-1].text.split()[0] in prompt["prompt"]
+        tokens_1S, mask_1S = map(np.asarray, place_prompts(road.policy("teacher"), [examples[prompt["example_id"]]]))
+        assert prompt["prompt"] == road.tokenizer.decode(tokens_1S[mask_1S])
         for completion in prompt["completions"]:
             assert len(completion["old_logprobs"]) == len(completion["tokens"]) > 0
             assert completion["text"]
