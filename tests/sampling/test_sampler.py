@@ -25,7 +25,18 @@ SAMPLER = make_sampler(MODEL, max_new_tokens=T, vocabulary_size=V, pad_id=PAD)
 sample = quick(SAMPLER)
 
 
-def draw(params=PARAMS, rows=range(8), samples=range(3), S=8, seed=0, step=0, stops=STOPS, place=None, **options):
+def draw(
+    params=PARAMS,
+    rows=range(8),
+    samples=range(3),
+    S=8,
+    seed=0,
+    step=0,
+    stops=STOPS,
+    place=None,
+    sample=sample,
+    **options,
+):
     """Completions of the prompts ``rows``, each named by its row."""
     rows = np.array(rows)
     prompt_BS, mask_BS = left_padded(LENGTHS, S)
@@ -112,11 +123,25 @@ def test_the_size_of_the_batch_the_group_and_the_padding_change_no_sample(drawn)
     assert_same(draw(S=13), drawn)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+        {"data": 1, "fsdp": 2, "tensor": 4},  # more devices than key heads
+    ],
+)
 def test_the_mesh_changes_no_sample(drawn, sizes):
     mesh = make_mesh(MeshConfig(**sizes))
     params = jax.device_put(PARAMS, tree_shardings(PARAMS, mesh))
-    assert_same(draw(params=params, place=batch_sharding(mesh)), drawn)
+    sampler = quick(make_sampler(MODEL, max_new_tokens=T, vocabulary_size=V, pad_id=PAD, mesh=mesh))
+    completions = draw(params=params, place=batch_sharding(mesh), sample=sampler)
+    assert_same(completions, drawn)
+    for leaf in jax.tree.leaves(completions):
+        assert leaf.sharding.is_equivalent_to(batch_sharding(mesh), leaf.ndim)
 
 
 @pytest.mark.parametrize("name", [{"seed": 1}, {"step": 1}, {"samples": [3, 4, 5]}])

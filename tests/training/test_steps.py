@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 from tiny import left_padded, quick, random_params, relative_gap, tiny_decoder
 
 from jaxnr.config import DistillConfig, GrpoConfig, MeshConfig, OptimizerConfig
@@ -44,7 +43,9 @@ MESHES = {
     "data 8": MeshConfig(data=8),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "data 2, fsdp 4": MeshConfig(data=2, fsdp=4),
     "data 4, tensor 2": MeshConfig(data=4, tensor=2),
+    "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
 }
 
 
@@ -227,16 +228,26 @@ def test_the_distillation_step_is_the_gradient_of_the_chosen_divergence(divergen
     assert metrics["completion_tokens"] == pytest.approx(data.mask_BGT.sum(-1).mean())
 
 
-def test_parameters_and_both_moments_are_sharded_by_the_table():
-    mesh = make_mesh(MESHES["data 2, fsdp 2, tensor 2"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_parameters_and_both_moments_are_sharded_by_the_table(sizes):
+    """Every leaf has the part on each device that is written here; norms and counters alone are on all of them."""
+    mesh = make_mesh(MESHES[sizes])
     state = create_state(PARAMS, make_optimizer(OptimizerConfig(), 10), mesh)
+    divided = {
+        "embed_tokens/embedding": ("tensor", "fsdp"),
+        **{f"layers/{name}_proj/kernel": ("fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
+        **{f"layers/{name}_proj/kernel": ("tensor", "fsdp") for name in ("o", "down")},
+        **{f"layers/{name}_proj/bias": ("tensor",) for name in ("q", "k", "v")},
+    }
+    whole = {"norm/weight", "layers/input_layernorm/weight", "layers/post_attention_layernorm/weight"}
     moments = state.opt_state[1][0]
     for tree in (state.params, moments.mu, moments.nu):
-        assert tree["embed_tokens"]["embedding"].sharding.spec == P("tensor", "fsdp")
-        assert tree["layers"]["q_proj"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
-        assert tree["layers"]["down_proj"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
-        kernel = tree["layers"]["gate_proj"]["kernel"]
-        assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+        found = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
+        assert found.keys() == divided.keys() | whole
+        for name, leaf in found.items():
+            ways = [mesh.shape[axis] for axis in divided.get(name, ())]
+            ways = np.array([1] * (leaf.ndim - len(ways)) + ways)  # layers, and what is whole, are not divided
+            assert {shard.data.shape for shard in leaf.addressable_shards} == {tuple(leaf.shape // ways)}, name
 
 
 def test_a_step_donates_its_state_and_leaves_the_parameters_it_began_with():
@@ -294,7 +305,7 @@ def test_a_sampled_batch_goes_into_the_step_on_policy(sizes):
     state = create_state(PARAMS, optimizer, mesh)
     step = make_grpo_step(MODEL, optimizer, state, mesh, V, GrpoConfig(temperature=0.8))
     data = jax.device_put(batch(), batch_sharding(mesh))
-    sampler = make_sampler(MODEL, max_new_tokens=T, vocabulary_size=V, pad_id=0)
+    sampler = make_sampler(MODEL, max_new_tokens=T, vocabulary_size=V, pad_id=0, mesh=mesh)
     names = (jax.device_put(np.arange(B, dtype=np.int32), batch_sharding(mesh)), np.arange(G, dtype=np.int32))
     names = (*names, np.int32(0), np.int32(0), SamplingSettings(temperature=0.8), np.array([1, 2, 3], np.int32))
     drawn = quick(sampler)(state.params, data.prompt_BS, data.prompt_mask_BS, *names)
