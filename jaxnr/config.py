@@ -410,16 +410,16 @@ class HstuConfig:
 class NrhubConfig:
     """NRHUB (Wu et al., EMNLP 2019): news titles, search queries and page titles."""
 
-    records: int = 30
+    records: int = 20
     """Latest records of each of the three streams that are read."""
-    record_words: int = 16
+    record_words: int = 12
     """First words of a record that are read."""
     word_size: int = 100
     """Of the word vectors, which begin at random."""
     filters: int = 400
-    """Of the convolution over three words."""
-    size: int = 200
-    """Of a record's vector, and so of the user's and the article's."""
+    """Of the convolution over three words; a record's vector is as wide, and so a user's and an article's."""
+    attention_size: int = 200
+    """Of the tanh layer of each attention: over words, over records and over streams."""
     dropout: float = 0.2
     """Of the word vectors."""
     negatives: int = 4
@@ -428,7 +428,7 @@ class NrhubConfig:
     """Of Adam."""
     batch: int = 32
     """Users a step, each with all of their clicks."""
-    epochs: int = 10
+    epochs: int = 5
     """Times that every user is trained on."""
 
 

@@ -21,7 +21,7 @@ POSITIVE = {
     "group_size", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
     "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
     "trials", "length", "size", "blocks", "heads", "negatives", "batch", "epochs", "records", "record_words",
-    "word_size", "filters", "neighbours", "walks", "margin", "clicks",
+    "word_size", "filters", "attention_size", "neighbours", "walks", "margin", "clicks",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",

@@ -82,7 +82,7 @@ def learner(clicks: Clicks, config: GruConfig) -> Learner:
         Gru(config),
         config,
         length=sequence_length(clicks, config.length),
-        optimizer=optax.adagrad(config.learning_rate),
+        optimizer=optax.adagrad(config.learning_rate, initial_accumulator_value=0.0, eps=1e-6),
         loss_of=loss,
         more_constants={"cumulative_I": (cumulative_I / cumulative_I[-1]).astype(np.float32)},
         normalised=False,

@@ -26,15 +26,16 @@ def rank(
     catalogue: Catalogue,
     mesh: Mesh,
     *,
+    since: int,
     depth: int,
     otherwise: Sequence[list[str]],
 ) -> list[list[str]]:
     """The ``depth`` candidates of each example with the highest scores: article ids, best first.
 
     Candidates are what the protocol says (``Catalogue.is_candidate_I``), less what the model cannot score. Who has no
-    history is given the ranking of the same place in ``otherwise``.
+    history is given the ranking of the same place in ``otherwise``. No request is earlier than ``since``.
     """
-    constants = jax.device_put(learner.constants, replicated(mesh))
+    constants = jax.device_put(learner.known_at(since), replicated(mesh))
     items_IE = np.asarray(jax.jit(learner.item_vectors)(params, constants))
     # What the model cannot score leaves the catalogue before it comes.
     expires_I = np.where(learner.rankable_I, catalogue.expires_I, catalogue.published_I)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxnr import __version__
-from jaxnr.baselines import gru, hstu, sasrec
+from jaxnr.baselines import gru, hstu, nrhub, pinsage, sasrec
 from jaxnr.baselines.news_log import NewsLog
 from jaxnr.baselines.ranking import rank
 from jaxnr.baselines.sequences import news_clicks
@@ -48,6 +48,8 @@ BASELINES = {
     "gru": Baseline(lambda log, settings, seed: gru.learner(news_clicks(log), settings), gru.SPACE),
     "sasrec": Baseline(lambda log, settings, seed: sasrec.learner(news_clicks(log), settings), sasrec.SPACE),
     "hstu": Baseline(lambda log, settings, seed: hstu.learner(news_clicks(log), settings), hstu.SPACE),
+    "nrhub": Baseline(lambda log, settings, seed: nrhub.news_learner(log, settings), nrhub.SPACE),
+    "pinsage": Baseline(pinsage.news_learner, pinsage.SPACE),
 }
 """By the name of the command, of the section of the config and of the results."""
 
@@ -178,7 +180,8 @@ def rankings_of(learner: Learner, params: dict, log: NewsLog, split: str, mesh: 
     """Rankings for the users of a split; those the model knows nothing of are given what is popular."""
     examples = log.examples[split]
     popular = popularity(examples, log.tables.articles, log.tables.events, depth=DEPTH)
-    return rank(learner, params, examples, log.catalogue, mesh, depth=DEPTH, otherwise=popular)
+    since = {"valid": log.t1, "test": log.t2}[split]
+    return rank(learner, params, examples, log.catalogue, mesh, since=since, depth=DEPTH, otherwise=popular)
 
 
 def scorable_share(learner: Learner, log: NewsLog) -> float:

@@ -18,7 +18,7 @@ SPACE = {
     "learning_rate": (3e-4, 1e-3, 3e-3),
     "size": (50, 100),
     "dropout": (0.2, 0.5),
-    "epochs": (30, 101, 200),
+    "epochs": (25, 50, 101),
     "items.kind": ("id", "text", "id_and_text"),
     "items.id_dropout": (0.0, 0.5),
 }

@@ -165,12 +165,14 @@ def sequence_learner(
         hidden_BTE, _ = apply(params, batch, constants, False)
         return direction(last_place(hidden_BTE, batch.mask_BT))
 
+    constants = {"features": clicks.features, "pool_P": clicks.pool_P} | (more_constants or {})
     return Learner(
         optimizer=optimizer,
         rows=len(clicks.train),
         batch_size=config.batch,
         epochs=config.epochs,
-        constants={"features": clicks.features, "pool_P": clicks.pool_P} | (more_constants or {}),
+        constants=constants,
+        known_at=lambda time: constants,
         init=init,
         make_batch=lambda rows: training_batch([clicks.train[row] for row in rows], length, start),
         loss=loss,

@@ -37,6 +37,8 @@ class Learner:
     batch_size: int
     epochs: int
     constants: Any
+    known_at: Callable[[int], Any]
+    """The constants for requests from a time on (UTC seconds): a model may read what others did before it."""
     init: Callable[[jax.Array, Any], dict]
     """(key, constants) -> params."""
     make_batch: Callable[[Sequence[int]], Any]
