@@ -18,7 +18,7 @@ POPULARITY_POWER = 0.5
 
 SPACE = {
     "learning_rate": (0.02, 0.05, 0.1),
-    "size": (50, 100),
+    "size": (100, 200),
     "dropout": (0.0, 0.3),
     "epochs": (10, 30, 100),
     "items.kind": ("id", "text", "id_and_text"),

@@ -27,7 +27,7 @@ SPACE = {
     "learning_rate": (3e-4, 1e-3, 3e-3),
     "size": (128, 256),
     "neighbours": (5, 10, 20),
-    "margin": (0.2, 1.0),
+    "margin": (0.1, 0.3, 1.0),
     "clicks": (5, 10, 30),
     "epochs": (5, 10, 20),
 }

@@ -16,7 +16,7 @@ from jaxnr.config import SasrecConfig
 
 SPACE = {
     "learning_rate": (3e-4, 1e-3, 3e-3),
-    "size": (50, 100),
+    "size": (50, 100, 200),
     "dropout": (0.2, 0.5),
     "epochs": (25, 50, 101),
     "items.kind": ("id", "text", "id_and_text"),

@@ -32,7 +32,7 @@ def follow_ups(count, seed, shuffled=False):
     return histories
 
 
-@pytest.mark.parametrize(("name", "steps"), [("gru", 150), ("sasrec", 120)])
+@pytest.mark.parametrize(("name", "steps"), [("gru", 200), ("sasrec", 120)])
 def test_order_is_learned_and_without_it_nothing_is(name, steps):
     make, config = MODELS[name]
 
