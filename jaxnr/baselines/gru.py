@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnr.baselines.items import ItemFeatures, Items
+from jaxnr.baselines.items import ITEM_CHOICES, ItemFeatures, Items
 from jaxnr.baselines.sequences import Clicks, SequenceBatch, sequence_learner, sequence_length
 from jaxnr.baselines.training import Learner, masked_mean
 from jaxnr.config import GruConfig
@@ -21,8 +21,7 @@ SPACE = {
     "size": (100, 200),
     "dropout": (0.0, 0.3),
     "epochs": (10, 30, 100),
-    "items.kind": ("id", "text", "id_and_text"),
-    "items.id_dropout": (0.0, 0.5),
+    "items": ITEM_CHOICES,
 }
 """What trials after the first draw from."""
 

@@ -20,7 +20,7 @@ CONFIG = NrhubConfig(
     attention_size=16,
     dropout=0.0,
     batch=32,
-    learning_rate=1e-2,
+    learning_rate=2e-2,
 )
 # Rows of the vocabulary: what is searched for a topic, what its titles say, words that mean nothing.
 SEARCHED, TITLED, NOISE = 1, 1 + TOPICS, 1 + 2 * TOPICS

@@ -1,8 +1,10 @@
 """Draws of trials: the first keeps what is given, each depends on seed and number alone."""
 
+import dataclasses
+
 from jaxnr.baselines.run import BASELINES
 from jaxnr.baselines.tuning import draw
-from jaxnr.config import BaselinesConfig, flatten
+from jaxnr.config import BaselinesConfig
 
 
 def test_draws():
@@ -14,5 +16,6 @@ def test_draws():
         assert drawn == [draw(given, baseline.space, trial, seed=3) for trial in range(1, 9)]
         assert len(set(drawn)) > 4
         for settings in drawn:
-            for key, value in flatten(settings).items():
-                assert value in baseline.space.get(key, (flatten(given)[key],))
+            for field in dataclasses.fields(settings):
+                choices = baseline.space.get(field.name, (getattr(given, field.name),))
+                assert getattr(settings, field.name) in choices
