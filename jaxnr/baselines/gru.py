@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ class Gru(nn.Module):
         items_ID = Items(config.items, config.size)(features, train)
         bias_I = jnp.where(features.known_I, self.param("bias", nn.initializers.zeros, (len(items_ID),)), 0)
         read_BTD = nn.Dropout(config.dropout, deterministic=not train)(items_ID[batch.rows_BT])
-        hidden_BTD = nn.RNN(nn.GRUCell(config.size))(read_BTD)
+        hidden_BTD = cast(jax.Array, nn.RNN(nn.GRUCell(config.size))(read_BTD))
         ones_BT1 = jnp.ones_like(hidden_BTD[..., :1])
         return jnp.concatenate([hidden_BTD, ones_BT1], -1), jnp.concatenate([items_ID, bias_I[:, None]], -1)
 

@@ -5,6 +5,7 @@ A user's records are encoded once for all clicks of a training row; which of the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -207,7 +208,7 @@ def learner(
     config: NrhubConfig,
 ) -> Learner:
     """NRHUB on streams of records in the order of DOMAINS and rows of clicks."""
-    model = Nrhub(config, vocabulary)
+    model: Any = Nrhub(config, vocabulary)
     start = min(int(row.times[0]) for row in rows)
     empty = [Stream(np.zeros((0, config.record_words), np.int32), np.zeros(0, np.int64))] * len(DOMAINS)
     constants = {"titles_IW": titles_IW, "pool_P": pool_P}
@@ -225,7 +226,7 @@ def learner(
             mask_BC[place, : len(row.rows)] = True
         until = [int(row.times[-1]) for row in chosen]
         records = latest([streams[row.user_id] for row in chosen], until, config, start)
-        return ClickBatch(records.replace(request_times_BC=times_BC), clicked_BC, mask_BC)
+        return ClickBatch(dataclasses.replace(records, request_times_BC=times_BC), clicked_BC, mask_BC)
 
     def loss(params: dict, constants: dict, batch: ClickBatch, key: jax.Array) -> jax.Array:
         dropout, drawn = jax.random.split(key)
@@ -268,7 +269,7 @@ def learner(
         has_history=lambda example: bool(
             latest([streams[example.user_id]], [example.timestamp], config, start).words_BVRW.any()
         ),
-        rankable_I=titles_IW.any(axis=1),
+        rankable_I=np.any(titles_IW, axis=1),
     )
 
 

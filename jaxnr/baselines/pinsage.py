@@ -176,7 +176,7 @@ def news_learner(log: NewsLog, config: PinsageConfig, seed: int) -> Learner:
 
 def learner(clicks: Clicks, graph: Graph, graph_at: Any, config: PinsageConfig) -> Learner:
     """PinSage on these clicks; ``graph_at(time)`` is the graph of the clicks before a time."""
-    model = Pinsage(config.size)
+    model: Any = Pinsage(config.size)
     query_P = np.concatenate([history.rows[:-1] for history in clicks.train]).astype(np.int32)
     clicked_P = np.concatenate([history.rows[1:] for history in clicks.train]).astype(np.int32)
     constants = {"texts_IE": clicks.features.text_IE, "pool_P": clicks.pool_P, "graph": graph}

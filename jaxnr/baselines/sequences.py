@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.struct
@@ -150,7 +150,7 @@ def sequence_learner(
 
     def init(key: jax.Array, constants: dict) -> dict:
         batch = training_batch([History(np.zeros(2, np.int32), np.full(2, start))], length, start)
-        return model.init(key, batch, constants["features"], False)["params"]
+        return cast(dict, model.init(key, batch, constants["features"], False)["params"])
 
     def loss(params: dict, constants: dict, batch: SequenceBatch, key: jax.Array) -> jax.Array:
         dropout, negatives = jax.random.split(key)

@@ -86,7 +86,7 @@ def fit(learner: Learner, *, stage: str, folder: Path, mesh: Mesh, seed: int, ch
     state = create_state(params, learner.optimizer, mesh)
     update = make_step(learner, state, mesh, seed)
     batches = training_batches(
-        cast(Any, range(learner.rows)), batch_size=batch_size, seed=seed, transform=learner.make_batch
+        cast(Any, range(learner.rows)), batch_size=batch_size, seed=seed, transform=cast(Any, learner.make_batch)
     )
     state = train(
         stage=stage,

@@ -35,8 +35,9 @@ def fitted(learner, steps, seed=0, mesh=None):
     state = create_state(jax.jit(learner.init)(jax.random.key(seed), constants), learner.optimizer, mesh)
     step = make_step(learner, state, mesh, seed)
     rng = np.random.default_rng(seed)
+    size = min(learner.batch_size, learner.rows) // 8 * 8  # a multiple of the devices of any test
     for _ in range(steps):
-        rows = rng.choice(learner.rows, learner.batch_size, replace=False)
+        rows = rng.choice(learner.rows, size, replace=False)
         state, _ = step(state, constants, learner.make_batch(rows.tolist()))
     return state.params
 
