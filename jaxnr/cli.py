@@ -103,6 +103,51 @@ class Evaluate(_OnConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """Train a published recommender on a run's data and measure it on the run's test users, beside the road's models.
+
+    Settings are tried out on validation users, the same number for each baseline. Killed or interrupted, the same
+    command goes on where it stopped.
+    """
+
+    name: Annotated[
+        tyro.conf.Positional[Literal["gru", "sasrec", "hstu", "nrhub", "pinsage"]], tyro.conf.arg(metavar="NAME")
+    ]
+    """gru, sasrec, hstu, nrhub or pinsage."""
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run whose data stage is done; the results go to its baselines/NAME.json."""
+    trials: int | None = None
+    """Settings to try; baselines.trials of the run when not given."""
+    movielens: Path | None = None
+    """Instead, the folder of MovieLens-1M (ratings.dat, movies.dat): trains gru, sasrec or hstu by the settings of the
+    published figures, with one rating of each user left out; RUN_DIR is for the results alone."""
+    stable_sort: bool = False
+    """Leave ratings of one second in the order of the file; the published figures of sasrec and hstu did not."""
+
+    def __call__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise InputError(f"--trials is {self.trials}; expected at least 1.")
+        if self.movielens is None:
+            if self.stable_sort:
+                raise InputError("--stable-sort is about MovieLens; expected --movielens FOLDER with it.")
+            _require_run(self.run_dir)
+        elif self.trials is not None:
+            raise InputError("--movielens has no validation users to choose by; expected no --trials beside it.")
+        try:
+            if self.movielens is None:
+                from jaxnr.baselines.run import run_baseline
+
+                run_baseline(self.name, self.run_dir, self.trials)
+            else:
+                from jaxnr.baselines.movielens import run_movielens
+
+                run_movielens(self.name, self.movielens, self.run_dir, "stable" if self.stable_sort else "quicksort")
+        except KeyboardInterrupt:
+            print("jaxnr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Print the queries that a trained model writes for one user, and the articles they retrieve."""
 
@@ -241,7 +286,21 @@ class Report:
         Console().print(console_table(results))
 
 
-Command = Quickstart | Run | Data | Sft | Grpo | Distill | Evaluate | Generate | Index | Export | Benchmark | Report
+Command = (
+    Quickstart
+    | Run
+    | Data
+    | Sft
+    | Grpo
+    | Distill
+    | Evaluate
+    | Baseline
+    | Generate
+    | Index
+    | Export
+    | Benchmark
+    | Report
+)
 
 _ABOUT = "From what a person searches, browses and reads to news search queries, and from those to news."
 _STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)

@@ -321,6 +321,162 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemsConfig:
+    """What a model of clicked articles knows an article by."""
+
+    kind: Literal["id", "text", "id_and_text"] = "id_and_text"
+    """A vector trained for each article that training clicked, the text's vector, or the sum of both. `id`, as in the
+    papers, can score no article that training has not clicked."""
+    id_dropout: float = 0.0
+    """Share of the articles whose id is left out in a training step, so that texts learn to stand alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GruConfig:
+    """GRU4Rec (arXiv 1511.06939, 1706.03847)."""
+
+    items: ItemsConfig = ItemsConfig()
+    length: int = 200
+    """Latest clicks that are read."""
+    size: int = 100
+    """Of the article vectors and of the state."""
+    dropout: float = 0.0
+    """Share of what is read of an article that a training step leaves out."""
+    negatives: int = 2048
+    """Drawn by popularity^0.5 for all of a step, beside the batch's other targets."""
+    learning_rate: float = 0.05
+    """Of Adagrad."""
+    batch: int = 64
+    """Users a step."""
+    epochs: int = 100
+    """Times that every user is trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SasrecConfig:
+    """SASRec (arXiv 1808.09781) with a sampled softmax, at the settings that reach .2853 on MovieLens-1M."""
+
+    items: ItemsConfig = ItemsConfig()
+    length: int = 200
+    """Latest clicks that are read."""
+    size: int = 50
+    """Of the article vectors and of what is passed from block to block."""
+    blocks: int = 2
+    """Attention with a feed-forward part, each."""
+    heads: int = 1
+    """Of an attention."""
+    dropout: float = 0.2
+    """Of the embeddings, the attention and the feed-forward parts."""
+    negatives: int = 128
+    """Drawn at random for every click that is predicted."""
+    temperature: float = 0.05
+    """Cosines are divided by this."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    batch: int = 128
+    """Users a step."""
+    epochs: int = 101
+    """Times that every user is trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HstuConfig:
+    """HSTU (arXiv 2402.17152), at the settings that reach .3097 on MovieLens-1M."""
+
+    items: ItemsConfig = ItemsConfig()
+    length: int = 200
+    """Latest clicks that are read."""
+    size: int = 50
+    """Of the article vectors and of what is passed from block to block."""
+    blocks: int = 2
+    """Layers."""
+    heads: int = 1
+    """Of a layer; each is `size` / `heads` wide."""
+    dropout: float = 0.2
+    """Of the embeddings and of what a layer adds."""
+    time_bias: Literal["target", "last", "none"] = "target"
+    """How long ago each click was: at the time of what is predicted, which is the request when serving, or at the click
+    that is read last; or not told."""
+    negatives: int = 128
+    """Drawn at random for every click that is predicted."""
+    temperature: float = 0.05
+    """Cosines are divided by this."""
+    learning_rate: float = 1e-3
+    """Of AdamW without weight decay."""
+    batch: int = 128
+    """Users a step."""
+    epochs: int = 101
+    """Times that every user is trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NrhubConfig:
+    """NRHUB (Wu et al., EMNLP 2019): news titles, search queries and page titles."""
+
+    records: int = 20
+    """Latest records of each of the three streams that are read."""
+    record_words: int = 12
+    """First words of a record that are read."""
+    word_size: int = 100
+    """Of the word vectors, which begin at random."""
+    filters: int = 400
+    """Of the convolution over three words; a record's vector is as wide, and so a user's and an article's."""
+    attention_size: int = 200
+    """Of the tanh layer of each attention: over words, over records and over streams."""
+    dropout: float = 0.2
+    """Of the word vectors."""
+    negatives: int = 4
+    """Articles that a click is set against, drawn at random."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    batch: int = 32
+    """Users a step, each with all of their clicks."""
+    epochs: int = 5
+    """Times that every user is trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PinsageConfig:
+    """PinSage (arXiv 1806.01973) on the graph of users and the articles that they clicked."""
+
+    size: int = 128
+    """Of the vectors of articles, and of what a neighbour passes on."""
+    neighbours: int = 10
+    """Articles that random walks from an article visit most."""
+    walks: int = 200
+    """Random walks from each article."""
+    restart: float = 0.5
+    """Probability that a walk goes back to where it began, after each step to a user and on to an article."""
+    margin: float = 1.0
+    """By which an article clicked next is to score above one drawn at random."""
+    negatives: int = 128
+    """Drawn at random for all of a step."""
+    clicks: int = 10
+    """A user's latest clicks, whose mean vector the user is ranked by."""
+    learning_rate: float = 1e-3
+    """Of Adam."""
+    batch: int = 128
+    """Pairs of clicks a step."""
+    epochs: int = 10
+    """Times that every pair is trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselinesConfig:
+    """The five trained baselines of docs/baselines.md. Their settings are those of the first trial."""
+
+    trials: int = 8
+    """Settings that are tried for each baseline; Recall@10 of the validation users chooses."""
+    checkpoint_every: int = 500
+    """Steps between a trial's checkpoints."""
+    gru: GruConfig = GruConfig()
+    sasrec: SasrecConfig = SasrecConfig()
+    hstu: HstuConfig = HstuConfig()
+    nrhub: NrhubConfig = NrhubConfig()
+    pinsage: PinsageConfig = PinsageConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
@@ -361,6 +517,7 @@ class Config:
     )
     distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     mesh: MeshConfig = MeshConfig()
 
 

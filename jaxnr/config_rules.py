@@ -20,6 +20,8 @@ POSITIVE = {
     "articles_per_query", "max_facets", "learning_rate", "max_grad_norm", "steps", "prompts_per_step",
     "group_size", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
     "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
+    "trials", "length", "size", "blocks", "heads", "negatives", "batch", "epochs", "records", "record_words",
+    "word_size", "filters", "attention_size", "neighbours", "walks", "margin", "clicks",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
@@ -27,7 +29,10 @@ NOT_NEGATIVE = {
     "lora_rank", "warm_start.steps", "clip_high", "importance_cap", "overlong_tokens", "kl_weight", "prefix_tokens",
     "max_skipped_steps",
 }
-SHARE = {"max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2"}
+SHARE = {
+    "max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2", "dropout", "id_dropout",
+    "restart",
+}
 # fmt: on
 OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta"}
 """Settings whose bounds stand in ``_problems``."""
@@ -96,6 +101,9 @@ def _problems(config: Config) -> Iterator[str]:
             f"`grpo.overlong_tokens` is {config.grpo.overlong_tokens}, expected at most the budget that they are the "
             f"last of, `prompt.max_new_tokens`, {prompt.max_new_tokens}"
         )
+    for name, model in (("sasrec", config.baselines.sasrec), ("hstu", config.baselines.hstu)):
+        if model.heads > 0 and model.size % model.heads:
+            yield f"`baselines.{name}.size` is {model.size}, expected a multiple of its {model.heads} heads"
     best_of_n = config.evaluation.best_of_n
     if not best_of_n or list(best_of_n) != sorted(set(best_of_n)):
         yield f"`evaluation.best_of_n` is {json.dumps(best_of_n)}, expected rising numbers, at least one"

@@ -28,6 +28,8 @@ PARTITION = (
     (r"layers/(o|down)_proj/lora_b", P(None, None, "fsdp")),
     (r"layers/(q|k|v)_proj/bias", P(None, "tensor")),
     (r"norm/weight", P()),
+    # Baselines; all but their embeddings is small.
+    (r"item_embedding", P("tensor", "fsdp")),
     # Encoders; their norms, position and token-type embeddings are on every device.
     (r"word_embeddings/embedding", P("tensor", "fsdp")),
     (r"layers/(query|key|value|intermediate)/kernel", P(None, "fsdp", "tensor")),

@@ -204,3 +204,44 @@ def test_report_is_written_again_from_the_results(tmp_path, capsys):
     call("report", tmp_path)
     assert "0.25" in (tmp_path / "report.html").read_text(encoding="utf-8").replace(".250", "0.25")
     assert "Teacher" in capsys.readouterr().out
+
+
+@pytest.fixture
+def baselines(monkeypatch) -> list:
+    """Stands in for the baselines: the calls of both commands."""
+    calls = []
+    for module, function in (("run", "run_baseline"), ("movielens", "run_movielens")):
+        stand_in = types.ModuleType(f"jaxnr.baselines.{module}")
+        setattr(stand_in, function, lambda *args: calls.append(args))
+        monkeypatch.setitem(sys.modules, f"jaxnr.baselines.{module}", stand_in)
+    return calls
+
+
+def test_baseline_wants_a_run_or_movielens(baselines, tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        call("baseline", "gru", tmp_path)
+    save_config(Config(), tmp_path / "config.toml")
+    call("baseline", "gru", tmp_path, "--trials", 3)
+    call("baseline", "hstu", tmp_path / "new", "--movielens", tmp_path, "--stable-sort")
+    call("baseline", "sasrec", tmp_path / "new", "--movielens", tmp_path)
+    new = tmp_path / "new"
+    assert baselines == [
+        ("gru", tmp_path, 3),
+        ("hstu", tmp_path, new, "stable"),
+        ("sasrec", tmp_path, new, "quicksort"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--trials", 0), "--trials is 0"),
+        (("--stable-sort",), "expected --movielens"),
+        (("--movielens", "ml-1m", "--trials", 2), "expected no --trials"),
+    ],
+)
+def test_options_of_baseline_that_say_nothing_are_refused(baselines, tmp_path, options, says):
+    save_config(Config(), tmp_path / "config.toml")
+    with pytest.raises(InputError, match=says):
+        call("baseline", "gru", tmp_path, *options)
+    assert baselines == []

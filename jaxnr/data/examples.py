@@ -87,7 +87,7 @@ class ExampleSplits:
     """By evaluation split: valid, test."""
 
 
-class _User(NamedTuple):
+class User(NamedTuple):
     """One user's history, oldest first."""
 
     user_id: str
@@ -122,7 +122,7 @@ def build_examples(tables: Tables, cfg: DataConfig, seed: int) -> ExampleSplits:
     A click is a news event on an article of the catalogue. Raises InputError where a split comes out empty.
     """
     t1, t2 = split_times(tables, cfg)
-    users, cleaning = _histories(tables)
+    users, cleaning = histories(tables)
     catalogue = _catalogue(tables.articles)
     rng = np.random.default_rng(seed)
     skipped: dict[str, int] = {}
@@ -163,7 +163,7 @@ def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: i
     events = tables.events.filter(pc.field("user_id") == user_id)
     if events.num_rows == 0:
         raise InputError(f"There is no event of user {user_id!r} in the log.")
-    users, _ = _histories(dataclasses.replace(tables, events=events))
+    users, _ = histories(dataclasses.replace(tables, events=events))
     example = next(_example(user, timestamp, max_signals) for user in users if user.user_id == user_id)
     if not example.signals:
         raise InputError(f"None of the {events.num_rows} events of user {user_id!r} is a clean signal to write from.")
@@ -171,7 +171,7 @@ def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: i
 
 
 def _train_examples(
-    users: list[_User], cfg: DataConfig, t1: int, rng: np.random.Generator, skipped: dict[str, int]
+    users: list[User], cfg: DataConfig, t1: int, rng: np.random.Generator, skipped: dict[str, int]
 ) -> list[Example]:
     """Up to ``train_prompts_per_user`` requests a user, uniform over the points in time that show different signals.
 
@@ -193,7 +193,7 @@ def _train_examples(
 
 
 def _requests(
-    users: list[_User],
+    users: list[User],
     catalogue: _Catalogue,
     cfg: DataConfig,
     start: int,
@@ -223,7 +223,7 @@ def _requests(
     return examples, totals
 
 
-def _relevant(user: _User, example: Example, catalogue: _Catalogue, end: int) -> tuple[tuple[str, ...], ClickReport]:
+def _relevant(user: User, example: Example, catalogue: _Catalogue, end: int) -> tuple[tuple[str, ...], ClickReport]:
     """The articles clicked in [request, end) that were candidates at the request, by first click."""
     window = slice(*np.searchsorted(user.click_times, [example.timestamp, end], side="left"))
     rows = dict(zip(user.clicks[window], user.click_rows[window].tolist(), strict=True))
@@ -242,7 +242,7 @@ def _relevant(user: _User, example: Example, catalogue: _Catalogue, end: int) ->
     return tuple(relevant), report
 
 
-def _example(user: _User, timestamp: int, max_signals: int) -> Example:
+def _example(user: User, timestamp: int, max_signals: int) -> Example:
     """What was known of the user strictly before the timestamp; the number and the relevant articles come later."""
     known = int(np.searchsorted(user.signal_times, timestamp, side="left"))
     clicked = int(np.searchsorted(user.click_times, timestamp, side="left"))
@@ -266,7 +266,7 @@ def _draw(
     return [examples[i] for i in np.sort(rng.choice(len(examples), count, replace=False))]
 
 
-def _histories(tables: Tables) -> tuple[list[_User], CleaningReport]:
+def histories(tables: Tables) -> tuple[list[User], CleaningReport]:
     """Every user's history, users in the order of their ids. Each column is sorted and cut once for all users."""
     users_of_events = tables.events.column("user_id").to_pylist()
     user_ids = sorted(set(users_of_events))
@@ -295,7 +295,7 @@ def _histories(tables: Tables) -> tuple[list[_User], CleaningReport]:
         start, stop = int(bounds[i]), int(bounds[i + 1])
         signal_rows = start + np.flatnonzero(kept[start:stop])
         click_rows = start + np.flatnonzero(in_news[start:stop] & (rows[start:stop] >= 0))
-        user = _User(
+        user = User(
             user_id=user_id,
             signals=[Signal(int(times[j]), domains[j], clean[j] or "", item_ids[j]) for j in signal_rows],
             signal_times=times[signal_rows],

@@ -137,7 +137,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
         embedder = TfidfSvdEmbedder.load(folder)
     else:
         embedder = load_embedder(config.retrieval, (), config.seed, mesh)
-    embeddings_IE = _read_embeddings(folder / "articles.safetensors")
+    embeddings_IE = read_embeddings(folder / "articles.safetensors")
     times = (tables.articles[name].cast("int64") for name in ("published_at", "expires_at"))
     published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
     return RewardModel(
@@ -153,7 +153,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
     )
 
 
-def _read_embeddings(path: Path) -> np.ndarray:
+def read_embeddings(path: Path) -> np.ndarray:
     try:
         with safe_open(path, framework="numpy") as file:
             return file.get_tensor("embeddings")

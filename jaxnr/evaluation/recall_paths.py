@@ -113,7 +113,7 @@ def signals(
     queries_UQE = np.zeros((len(examples), max_queries, embedder.size), np.float32)
     for user, vectors_QE in enumerate(_embed_each(texts, embedder)):
         queries_UQE[user, : len(vectors_QE)] = vectors_QE
-    scores_UQK, rows_UQK = _search(examples, catalogue, queries_UQE, index, articles_per_query)
+    scores_UQK, rows_UQK = search(examples, catalogue, queries_UQE, index, articles_per_query)
     ranking_UM = merge(rows_UQK, scores_UQK, (queries_UQE != 0).any(axis=-1))
     return to_item_ids(ranking_UM[:, :depth], catalogue.item_ids_I)
 
@@ -129,7 +129,7 @@ def content(
         mean_U1E[user, 0] = vectors_NE.sum(axis=0)
     norm_U11 = np.linalg.norm(mean_U1E, axis=-1, keepdims=True)
     mean_U1E /= np.where(norm_U11 > 0, norm_U11, 1)
-    _, rows_U1K = _search(examples, catalogue, mean_U1E, index, depth)
+    _, rows_U1K = search(examples, catalogue, mean_U1E, index, depth)
     rows_UK = np.where(norm_U11[..., 0] > 0, rows_U1K[:, 0], -1)
     return to_item_ids(rows_UK, catalogue.item_ids_I)
 
@@ -153,7 +153,7 @@ def _embed_each(texts: Sequence[Sequence[str]], embedder: Embedder) -> Iterator[
         yield vectors_NE[[row_of[text] for text in user]]
 
 
-def _search(
+def search(
     examples: Sequence[Example], catalogue: Catalogue, queries_UQE: np.ndarray, index: ArticleIndex, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores_UQK, rows_UQK) among each example's candidates; blocks of users of one shape, so it compiles once."""
