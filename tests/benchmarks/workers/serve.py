@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     """``checkpoint``: a Hugging Face folder. ``prompts``: a JSON file with the token ids of the prompts, all of one
     length. ``group``: completions a prompt. ``new_tokens``: tokens a completion, never fewer."""
     parser = argparse.ArgumentParser()
@@ -18,27 +18,72 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("group", type=int)
     parser.add_argument("new_tokens", type=int)
-    return parser.parse_args()
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Of a worker that samples."""
+    return parser().parse_args()
+
+
+def step_arguments() -> argparse.Namespace:
+    """Of a worker that trains. ``what``: grpo or distill. ``teacher``: a Hugging Face folder, for distillation."""
+    steps = parser()
+    steps.add_argument("what", choices=["grpo", "distill"])
+    steps.add_argument("teacher", type=Path)
+    steps.add_argument("--variant", default="", help="which of a system's ways")
+    return steps.parse_args()
+
+
+class Requests:
+    """Requests one at a time, for a worker whose library runs the loop: ``begin``, ``stop``, ``answer``, and again.
+
+    The first line on stdout, before any request, is ``about``; what libraries print goes to stderr.
+    """
+
+    def __init__(self, about: dict[str, str]) -> None:
+        self._answers, sys.stdout = sys.stdout, sys.stderr
+        self.answer(about)
+
+    def begin(self) -> dict | None:
+        """The next request, or None where there are no more. Its time starts here."""
+        line = sys.stdin.readline()
+        self._lap: float | None = None
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
+        return json.loads(line) if line else None
+
+    def sampled(self) -> None:
+        """Marks the end of the rollout within a request."""
+        self._lap = time.perf_counter() - self._started
+
+    def stop(self) -> None:
+        """Ends the request's time; ``cpu_seconds`` is that of all threads, ``peak_mib`` the process's memory so far."""
+        self.measured = {
+            "seconds": time.perf_counter() - self._started,
+            "cpu_seconds": time.process_time() - self._cpu_started,
+            "rollout_seconds": self._lap,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+    def answer(self, values: dict) -> None:
+        """Sends what a request has given."""
+        print(json.dumps(values), file=self._answers, flush=True)
 
 
 def serve(sample: Callable[[int, bool], list[list[int]]], about: dict[str, str]) -> None:
-    """Answers each request {"seed", "greedy"} with {"seconds", "cpu_seconds", "tokens", "peak_mib", "rows"}.
+    """Answers each request {"seed", "greedy"} with what was measured, {"tokens", "rows"}.
 
     ``sample(seed, greedy)`` gives the tokens of every completion, the group of a prompt in consecutive rows; the time
-    is that of the call alone, and ``cpu_seconds`` that of all its threads. ``rows`` are sent for greedy requests only.
-    ``peak_mib`` is the process's peak memory so far. The first line, before any request, is ``about``.
+    is that of the call alone. ``rows`` are sent for greedy requests only.
     """
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    print(json.dumps(about), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        started, cpu_started = time.perf_counter(), time.process_time()
+    requests = Requests(about)
+    while request := requests.begin():
         rows = sample(request["seed"], request["greedy"])
-        answer = {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu_started,
-            "tokens": sum(map(len, rows)),
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "rows": rows if request["greedy"] else None,
-        }
-        print(json.dumps(answer), file=answers, flush=True)
+        requests.stop()
+        found = {"tokens": sum(map(len, rows)), "rows": rows if request["greedy"] else None}
+        requests.answer(requests.measured | found)
+
+
+def reward(completion: list[int]) -> float:
+    """The trivial reward: the share of even tokens."""
+    return sum(token % 2 == 0 for token in completion) / len(completion)

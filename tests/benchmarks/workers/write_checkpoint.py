@@ -1,4 +1,4 @@
-"""Writes a Qwen2 checkpoint of random weights: ``write_checkpoint.py FOLDER CONFIG_AS_JSON``."""
+"""Writes a Qwen2 checkpoint of random weights: ``write_checkpoint.py FOLDER CONFIG_AS_JSON SEED``."""
 
 import json
 import sys
@@ -6,6 +6,6 @@ import sys
 import torch
 import transformers
 
-folder, config = sys.argv[1], json.loads(sys.argv[2])
-torch.manual_seed(0)
+folder, config, seed = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(seed)
 transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config)).save_pretrained(folder)
