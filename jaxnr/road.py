@@ -111,9 +111,7 @@ class Road:
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
             rewards=open_rewards(config, out, tables, own_mesh(mesh)),
-            second_judge=PatientJudge(
-                OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh)))
-            ),
+            second_judge=PatientJudge(OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh)))),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
             last_batch=LastBatch(out / "skipped", tokenizer, mesh),
