@@ -46,7 +46,7 @@ class Flattened(Decoder):
 def load(checkpoint: Path, flattened: bool) -> tuple[Decoder, dict]:
     """The model without rematerialisation, and its parameters."""
     kind = Flattened if flattened else Decoder
-    model = kind(DecoderConfig.read(checkpoint / "config.json"), remat=False)
+    model = kind(DecoderConfig.read(checkpoint / "config.json"), remat="none")
     return model, load_decoder_params(checkpoint, model, MESH)
 
 
