@@ -33,6 +33,7 @@ from jaxnr.training.steps import (
     TrainState,
     make_distill_step,
     make_grpo_step,
+    make_logprobs,
     make_optimizer,
     make_sft_step,
 )
@@ -98,17 +99,18 @@ class _Model(NamedTuple):
 STAGES = ("warm_start", "grpo", "distill", "evaluate")
 
 
-def plan_stages(config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES) -> list[Stage]:
+def plan_stages(
+    config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES, host_mesh: Mesh | None = None
+) -> list[Stage]:
     """The stages of a run, in the road's order; those without a step are left out.
 
+    ``host_mesh``: the devices of one of several hosts, each of which embeds and judges by itself (``hosts.own_mesh``).
     Raises InputError where the shape of a model is not to be had.
     """
     teacher, student = (_model(section, config, mesh) for section in (config.teacher, config.student))
-    embedder, judge, second_judge = (
-        _embedder(config, mesh),
-        _judge(config, "judge", mesh),
-        _judge(config, "second_judge", mesh),
-    )
+    own = mesh if host_mesh is None else host_mesh
+    embedder = _embedder(config, own)
+    judge, second_judge = (_judge(config, name, own) for name in ("judge", "second_judge"))
     makers: dict[str, Callable[[], Stage]] = {
         "warm_start": lambda: _warm_start(config, teacher, student, mesh, embedder),
         "grpo": lambda: _grpo(config, teacher, mesh, [*embedder, *judge]),
@@ -149,6 +151,13 @@ def _grpo(config: Config, teacher: _Model, mesh: Mesh, helpers: list[_Helper]) -
         residents.append(Resident("teacher's state before the first step", state))
     residents += [helper.resident for helper in helpers]
     scoring = [helper.program for helper in helpers]
+    if settings.kl_weight:
+        # A model with adapters is its own reference, with those it began with or none.
+        if not config.teacher.lora_rank:
+            residents.append(Resident("reference's parameters", teacher.params))
+        logprobs = make_logprobs(teacher.decoder, mesh, teacher.tokens, settings)
+        arguments = (teacher.params, _batch(config, B, G, mesh))
+        scoring.append(Program("reference", _sizes(config, B, G, settings.microbatches), logprobs, arguments, (0,)))
     return Stage("grpo", (*sampling, *scoring, step), tuple(residents))
 
 
@@ -230,7 +239,9 @@ def _batch(config: Config, B: int, G: int, mesh: Mesh) -> Batch:
 def _scored_batch(config: Config, B: int, G: int, mesh: Mesh) -> ScoredBatch:
     batch = _batch(config, B, G, mesh)
     logprobs = _spread(batch.mask_BGT.shape, jnp.float32, mesh)
-    return ScoredBatch(**vars(batch), old_logprobs_BGT=logprobs, reward_BG=_spread((B, G), jnp.float32, mesh))
+    reference = logprobs if config.grpo.kl_weight else None
+    rewards = _spread((B, G), jnp.float32, mesh)
+    return ScoredBatch(**vars(batch), old_logprobs_BGT=logprobs, reward_BG=rewards, reference_logprobs_BGT=reference)
 
 
 def _sizes(config: Config, B: int, G: int, microbatches: int = 1) -> str:

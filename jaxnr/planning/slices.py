@@ -90,6 +90,11 @@ class Slice:
     topology: str
 
     @property
+    def chips_a_host(self) -> int:
+        """Four; of v5e and v6e a host with eight is the whole slice of that size."""
+        return self.chips if self.topology.count("x") == 1 and self.chips <= 8 else min(self.chips, 4)
+
+    @property
     def memory(self) -> float:
         """Bytes of HBM of a device, as jax shows it."""
         return self.chip.memory / self.chip.devices
@@ -148,7 +153,7 @@ def without_a_tpu() -> None:
 def slice_devices(slice_: Slice) -> Sequence[Any]:
     """The devices of a slice that is not there, to compile for; ``without_a_tpu`` comes first.
 
-    Raises InputError where the installed libtpu does not know the slice.
+    The first ``chips_a_host`` chips' are those of one host. Raises InputError where the installed libtpu does not know the slice.
     """
     from jax.experimental.topologies import get_topology_desc
 

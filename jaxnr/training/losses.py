@@ -28,8 +28,7 @@ def map_chunks(function: Callable, arrays: tuple[jax.Array, ...], chunk: int = C
     """``function(*rows)`` over chunks of the leading axis, rematerialised; zeros fill up the last chunk.
 
     A chunk has ``chunk`` rows for each device over which they are spread, and takes every ``chunks``-th row, so that
-    each device computes its own. Chunks of consecutive rows would lie on one device each, and every device would compute
-    all of them.
+    each computes its own. Chunks of consecutive rows would lie on one device each, and every device would compute all.
     """
     count = arrays[0].shape[0]
     chunk = min(chunk * batch_ways(), count)
