@@ -111,6 +111,30 @@ def test_planned_programs_run():
                 )
 
 
+def test_each_of_several_hosts_holds_the_embedder_and_the_judge():
+    mesh = make_mesh(SMALL.mesh)
+    encoder = dataclasses.replace(
+        SMALL.retrieval, embedder="sentence_encoder", embedder_path="Qwen/Qwen3-Embedding-0.6B"
+    )
+    config = dataclasses.replace(SMALL, retrieval=encoder)
+    host = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:2])
+    alone, shared = (plan_stages(config, mesh, ("grpo",), own)[0].residents[-1] for own in (host, None))
+    assert alone.name == shared.name == "embedder"
+    assert bytes_a_device(alone.tree) == pytest.approx(4 * bytes_a_device(shared.tree), rel=0.01)
+
+
+def test_a_reference_has_parameters_of_its_own_unless_adapters_can_be_taken_off():
+    mesh = make_mesh(SMALL.mesh)
+    config = dataclasses.replace(SMALL, grpo=dataclasses.replace(SMALL.grpo, kl_weight=0.1))
+    (stage,) = plan_stages(config, mesh, ("grpo",))
+    assert "reference" in [program.name for program in stage.programs]
+    assert "reference's parameters" in [resident.name for resident in stage.residents]
+    adapted = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, lora_rank=4))
+    (stage,) = plan_stages(adapted, mesh, ("grpo",))
+    assert "reference" in [program.name for program in stage.programs]
+    assert "reference's parameters" not in [resident.name for resident in stage.residents]
+
+
 def test_microbatches_shrink_what_is_sampled_at_once():
     mesh = make_mesh(SMALL.mesh)
     config = dataclasses.replace(SMALL, grpo=dataclasses.replace(SMALL.grpo, microbatches=2))

@@ -153,7 +153,7 @@ def without_a_tpu() -> None:
 def slice_devices(slice_: Slice) -> Sequence[Any]:
     """The devices of a slice that is not there, to compile for; ``without_a_tpu`` comes first.
 
-    The first ``chips_a_host`` chips' are those of one host. Raises InputError where the installed libtpu does not know the slice.
+    Their ``process_index`` is the host's. Raises InputError where the installed libtpu does not know the slice.
     """
     from jax.experimental.topologies import get_topology_desc
 
