@@ -66,6 +66,54 @@ class _OnConfig:
         _walk(self.config, out, self.stages, self.resume, self.distributed)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs on a TPU slice, by the TPU compiler, without the slice: memory, collectives, estimated times.
+
+    Needs `pip install 'jaxnr[tpu]'`. No weights are loaded. Exits with 1 where the run does not fit.
+    """
+
+    config_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="CONFIG", metavar="CONFIG")]
+    """TOML file with the settings; what it leaves out keeps the default shown here."""
+    slice: str
+    """The slice, as in v5e-64: v4, v5e, v5p, v6e or tpu7x with the number of its name."""
+    stages: tuple[Literal["warm_start", "grpo", "distill", "evaluate"], ...] = (
+        "warm_start",
+        "grpo",
+        "distill",
+        "evaluate",
+    )
+    """Stages to plan."""
+    programs: tuple[str, ...] = ()
+    """Of these the programs to compile, by name; all, when not given."""
+    largest_batch: bool = False
+    """Search the largest batch of each stage too: up to six compilations more of each program."""
+    json: Path | None = None
+    """File for the numbers."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = _DEFAULTS
+
+    def __call__(self) -> None:
+        # No data is read: the config may be planned before there is any.
+        data = dataclasses.replace(self.config.data, path=self.config.data.path or "data")
+        validate(dataclasses.replace(self.config, data=data))
+        from jaxnr.planning.slices import find_slice, without_a_tpu
+
+        find_slice(self.slice)
+        without_a_tpu()
+        from jaxnr.plan import plan
+
+        fits = plan(
+            self.config,
+            self.slice,
+            stages=self.stages,
+            programs=self.programs,
+            largest_batch=self.largest_batch,
+            json_file=self.json,
+        )
+        if not fits:
+            sys.exit(1)
+
+
 class Run(_OnConfig):
     """Walk the whole road on any config."""
 
@@ -294,6 +342,7 @@ Command = (
     | Grpo
     | Distill
     | Evaluate
+    | Plan
     | Baseline
     | Generate
     | Index
@@ -335,8 +384,10 @@ def _parse(args: list[str]) -> Command:
         print(f"jaxnr {__version__}")
         sys.exit(0)
     command = tyro.cli(Command, args=args, prog="jaxnr", description=_ABOUT, config=_STYLE)
-    if isinstance(command, _OnConfig):
-        with_file = type(command)(config_file=command.config_file, config=load_config(command.config_file))
+    if isinstance(command, _OnConfig | Plan):
+        # Options come again; a flag that is set already could not be given a second time.
+        unset = {field.name: False for field in dataclasses.fields(command) if getattr(command, field.name) is True}
+        with_file = dataclasses.replace(command, config=load_config(command.config_file), **unset)
         command = tyro.cli(type(command), args=args[1:], prog=f"jaxnr {args[0]}", default=with_file, config=_STYLE)
     return command
 

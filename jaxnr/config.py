@@ -59,7 +59,8 @@ class ModelConfig:
     """Local folder or hub name of a pretrained decoder, Qwen2 or Qwen3, whose config.json says its shape; the settings
     from `hidden_size` to `rms_norm_eps` are then unused."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations. Parameters, softmax and losses are float32."""
+    """Type of the activations, and of matrices beside adapters. Trained parameters, softmax and losses are
+    float32."""
     lora_rank: int = 0
     """Width of low-rank adapters, which alone are then trained; 0: none, all weights are trained."""
     lora_alpha: float = 16.0

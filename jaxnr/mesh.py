@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 
@@ -23,8 +24,8 @@ PARTITION = (
     (r"layers/(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
     (r"layers/(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
     (r"layers/(q|k|v|gate|up)_proj/lora_a", P(None, "fsdp")),
-    (r"layers/(q|k|v|gate|up)_proj/lora_b", P(None, None, "tensor")),
-    (r"layers/(o|down)_proj/lora_a", P(None, "tensor")),
+    (r"layers/(q|k|v|gate|up)_proj/lora_b", P(None, None, ("tensor", "fsdp"))),
+    (r"layers/(o|down)_proj/lora_a", P(None, ("tensor", "fsdp"))),
     (r"layers/(o|down)_proj/lora_b", P(None, None, "fsdp")),
     (r"layers/(q|k|v)_proj/bias", P(None, "tensor")),
     (r"norm/weight", P()),
@@ -73,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
     """Raises InputError, naming each setting, where prompts of a step or microbatch cannot be spread evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     settings = flatten(config)
     uneven = []
     for key in (key for key in settings if key.endswith(".prompts_per_step")):
@@ -95,8 +96,12 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     for pattern, spec in PARTITION:
         if re.search(f"{pattern}$", path) and len(spec) <= len(shape):
             pairs = zip(spec, shape, strict=False)  # a spec may leave out trailing dimensions
-            return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs))
+            return P(*(axis if axis and size % _ways(axis, mesh) == 0 else None for axis, size in pairs))
     return P()
+
+
+def _ways(axes: str | tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def tree_shardings(tree, mesh: Mesh):

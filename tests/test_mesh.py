@@ -1,14 +1,26 @@
 """The mesh and the table from parameter path to PartitionSpec."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from tiny import tiny_decoder
+from tiny import TINY, UNOPTIMISED, tiny_decoder
 
 from jaxnr.config import Config, DistillConfig, MeshConfig, OptimizerConfig
 from jaxnr.errors import InputError
-from jaxnr.mesh import AXES, batch_sharding, check_batch_sizes, make_mesh, partition_spec, tree_shardings
+from jaxnr.mesh import (
+    AXES,
+    abstract_on,
+    batch_sharding,
+    batch_ways,
+    check_batch_sizes,
+    make_mesh,
+    partition_spec,
+    spread,
+    traced_on,
+    tree_shardings,
+)
 from jaxnr.models import encoder
 from jaxnr.models.decoder import init_params
 from jaxnr.training.steps import make_optimizer
@@ -52,6 +64,33 @@ def leaves(tree, mesh):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in zip(paths, specs, strict=True)
     }
+
+
+def test_each_device_computes_its_own_prompts_with_gathered_weights():
+    """Of the feed-forward activations a device has those of one prompt; left to itself the partitioner gives it a part
+    of the width of all eight, and adds up every product over the devices."""
+    mesh, model, S, F = make_mesh(MeshConfig(data=1, fsdp=8)), tiny_decoder(), 16, TINY.intermediate_size
+    params = abstract_on(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+    prompts = [jax.ShapeDtypeStruct((8, S), dtype, sharding=batch_sharding(mesh)) for dtype in (jnp.int32, bool)]
+
+    def forward(params, *prompts):
+        return model.apply({"params": params}, *prompts)
+
+    def program(function) -> str:
+        return jax.jit(function).lower(params, *prompts).compile(UNOPTIMISED).as_text()
+
+    held, free = program(traced_on(mesh, forward)), program(forward)
+    assert f"[1,{S},{F}]" in held
+    assert f"[8,{S},{F}]" not in held
+    assert "all-reduce" not in held
+    assert f"[8,{S},{F}]" in free
+
+
+def test_an_activation_that_does_not_divide_or_has_no_mesh_is_left_as_it_is():
+    mesh, x = make_mesh(MeshConfig(data=1, fsdp=8)), jnp.arange(6.0)
+    assert spread(x) is x
+    assert jax.jit(traced_on(mesh, spread))(x).tolist() == x.tolist()
+    assert (batch_ways(), batch_ways(mesh)) == (1, 8)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxnr.config import Remat
 from jaxnr.errors import InputError
 from jaxnr.mesh import HEAD, columns, constrain, spread
-from jaxnr.models.lora import NO_LORA, LoraConfig, Projection
+from jaxnr.models.lora import NO_LORA, LoraConfig, Projection, frozen_dtype
 from jaxnr.models.weights import Row, read_json
 
 _CHUNK_QUERIES = 128  # at least; a long prompt has longer chunks
@@ -224,7 +224,8 @@ class Block(nn.Module):
 
         def projection(name: str, features: int, use_bias: bool = False) -> Projection:
             rank = self.lora.rank if name in self.lora.targets else 0
-            return Projection(features, use_bias, self.dtype, init, rank, self.lora.scale)
+            kept = frozen_dtype(self.lora, self.dtype)
+            return Projection(features, use_bias, self.dtype, init, rank, self.lora.scale, kept)
 
         self.input_layernorm = RMSNorm(c.rms_norm_eps, self.dtype)
         self.q_proj = projection("q_proj", c.num_attention_heads * c.head_dim, has_bias)
@@ -302,8 +303,9 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
+        kept = frozen_dtype(self.lora, self.dtype)
         self.embed_tokens = nn.Embed(
-            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=jnp.float32, embedding_init=init
+            c.vocab_size, c.hidden_size, dtype=self.dtype, param_dtype=kept, embedding_init=init
         )
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_KEPT[self.remat])
         self.layers = nn.scan(
@@ -316,7 +318,7 @@ class Decoder(nn.Module):
         )(c, self.dtype, self.lora)
         self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = self.param("lm_head", init, (c.vocab_size, c.hidden_size), jnp.float32)
+            self.lm_head = self.param("lm_head", init, (c.vocab_size, c.hidden_size), kept)
 
     def __call__(self, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] of plain sequences, padded on either side (mask false)."""

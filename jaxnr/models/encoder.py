@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
-from jaxnr.mesh import abstract_on
+from jaxnr.mesh import abstract_on, spread
 from jaxnr.models.weights import Row, load_params, read_json
 
 ACTIVATIONS = {
@@ -85,6 +85,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, mask_BS: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
+        x_BSD = spread(x_BSD)
         B, S, D = x_BSD.shape
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(c.initializer_range))
         norm = functools.partial(nn.LayerNorm, epsilon=c.layer_norm_eps, use_fast_variance=False)

@@ -25,7 +25,7 @@ from jaxnr.mesh import abstract_on
 from jaxnr.models import decoder, encoder
 from jaxnr.models.decoder import Decoder, DecoderConfig, init_params
 from jaxnr.models.encoder import Classifier, Encoder, load_classifier, load_encoder
-from jaxnr.models.lora import NO_LORA, merge
+from jaxnr.models.lora import merge, without_adapters
 from jaxnr.models.weights import load_params, model_folder, new_folder, read_json, save_params
 from jaxnr.prompting.tokenizer import load_tokenizer, read_tokenizer
 
@@ -84,10 +84,10 @@ def check_tokenizer(folder: Path, config: DecoderConfig, tokenizer: PreTrainedTo
         )
 
 
-def load_decoder_params(folder: Path, model: Decoder, mesh: Mesh | None, dtype: Any = jnp.float32) -> dict:
-    """The parameters of a decoder without adapters, as ``dtype``, spread over ``mesh``."""
-    bare = model.clone(lora=NO_LORA)
-    abstract = abstract_on(jax.eval_shape(lambda: init_params(bare, jax.random.key(0))), mesh, dtype)
+def load_decoder_params(folder: Path, model: Decoder, mesh: Mesh | None, dtype: Any = None) -> dict:
+    """The parameters of a decoder without its adapters, as ``dtype`` (None: as the model has them), over ``mesh``."""
+    abstract = without_adapters(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    abstract = abstract_on(abstract, mesh, dtype)
     # A tied head is the embedding; some files have it once more.
     ignored = ("lm_head.",) if model.config.tie_word_embeddings else ()
     return load_params(folder, decoder.table(model.config), abstract, prefix="model.", ignored=ignored)
@@ -107,7 +107,7 @@ def save(folder: str | Path, model: Model, params: dict, tokenizer: PreTrainedTo
     else:
         kind = {"bert": "BertModel", "roberta": "RobertaModel"}[model.config.model_type]
         table, prefix, content = encoder.ENCODER_TABLE, "", {**model.config.to_json(), "architectures": [kind]}
-    dtype = str(jax.tree.leaves(params)[0].dtype)
+    dtype = str(jnp.result_type(*jax.tree.leaves(params)))
     content |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
     with new_folder(Path(folder)) as partial:
         tokenizer.save_pretrained(partial)

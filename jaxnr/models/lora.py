@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a projection x W becomes x W + (x A) B · alpha / rank.
 
 Adapters are leaves ``lora_a`` and ``lora_b`` beside the kernel that they change. A tree that has any is trained in them
-alone: ``trainable`` takes them out, ``with_trainable`` puts them back.
+alone: ``trainable`` takes them out, ``with_trainable`` puts them back. The matrices of such a model do not change, so
+they are kept in the type that it computes in.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ class LoraConfig:
 NO_LORA = LoraConfig()
 
 
+def frozen_dtype(config: LoraConfig, compute: Any) -> Any:
+    """Of the matrices of a model: float32 where they are trained, ``compute`` where adapters are, beside them."""
+    return compute if config.rank else jnp.float32
+
+
 class Projection(nn.Module):
-    """A dense layer with float32 parameters, and with adapters where ``rank`` is not 0.
+    """A dense layer with float32 parameters (its kernel: ``kernel_dtype``), and with adapters where ``rank`` is not 0.
 
     B begins at zero, so that a model with new adapters is the model without.
     """
@@ -47,11 +53,12 @@ class Projection(nn.Module):
     kernel_init: Callable[..., Any]
     rank: int = 0
     scale: float = 0.0
+    kernel_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        kernel = self.param("kernel", self.kernel_init, (width, self.features), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (width, self.features), self.kernel_dtype)
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32).astype(self.dtype)
@@ -92,11 +99,11 @@ def with_new_adapters(params: dict, abstract: dict, key: jax.Array) -> dict:
 
 
 def merge(params: dict, config: LoraConfig) -> dict:
-    """The parameters of the same model without adapters: each kernel W becomes W + A B · scale."""
+    """The parameters of the same model without adapters: each kernel W becomes W + A B · scale, in float32."""
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     for path in [path for path in flat if path[-1] == "lora_a"]:
         a, b = flat.pop(path), flat.pop((*path[:-1], "lora_b"))
         kernel = (*path[:-1], "kernel")
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # kernels of all layers: [L, in, out]
-        flat[kernel] = flat[kernel] + (product * config.scale).astype(flat[kernel].dtype)
+        flat[kernel] = flat[kernel] + product * config.scale
     return traverse_util.unflatten_dict(flat)

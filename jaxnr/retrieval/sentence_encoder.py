@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
-from jaxnr.mesh import batch_sharding, replicated, tree_shardings
+from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on, tree_shardings
 from jaxnr.models.decoder import Decoder
 from jaxnr.models.encoder import Classifier, Encoder, mean_pool
 from jaxnr.models.huggingface import load
@@ -61,9 +61,9 @@ class SentenceEncoder:
         limits = (parts.max_tokens, self._tokenizer.model_max_length, model.config.max_tokens)
         self._max_tokens = int(min(limits))
         self._lower_case = parts.lower_case
-        self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._ways = 1 if mesh is None else batch_ways(mesh)
         self._params = params
-        self._encode = _compiled(model, params, parts.pooling or ("last" if instructed else "mean"), mesh)
+        self._encode = make_encode(model, params, parts.pooling or ("last" if instructed else "mean"), mesh)
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
         """Unit float32 rows [N, E]; zero for blank texts."""
@@ -78,7 +78,7 @@ class SentenceEncoder:
         token_ids = dict(zip(rows, self._tokenize([texts[row] for row in rows]), strict=True))
         encoded = []
         for length, batch in _batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
-            count = _batch_size(len(batch), length)
+            count = batch_size(len(batch), length)
             tokens_BS = np.zeros((count + -count % self._ways, length), np.int32)
             mask_BS = np.zeros(tokens_BS.shape, bool)
             for place, row in enumerate(batch):
@@ -106,12 +106,12 @@ def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[
         buckets.setdefault(bucket, []).append(row)
     for bucket, rows in buckets.items():
         while rows:
-            count = _batch_size(len(rows), bucket)
+            count = batch_size(len(rows), bucket)
             yield bucket, rows[:count]
             rows = rows[count:]
 
 
-def _batch_size(rows: int, length: int) -> int:
+def batch_size(rows: int, length: int) -> int:
     """Rows of the next batch: the large one where at least half of it would be used."""
     large = max(_SMALL_BATCH, min(_LARGE_BATCH, _MOST_TOKENS // length))
     return large if 2 * rows > large else _SMALL_BATCH
@@ -155,7 +155,7 @@ def _read_pooling(path: Path) -> str | None:
     return _POOLING[modes[0]]
 
 
-def _compiled(model: Encoder | Decoder, params: dict, pooling: str, mesh: Mesh | None) -> Callable[..., jax.Array]:
+def make_encode(model: Encoder | Decoder, params: dict, pooling: str, mesh: Mesh | None) -> Callable[..., jax.Array]:
     """encode(params, tokens_BS, mask_BS) -> unit float32 vectors [B, E] of right-padded texts."""
     pool = {"mean": mean_pool, "cls": lambda hidden_BSE, mask_BS: hidden_BSE[:, 0], "last": last_pool}[pooling]
 
@@ -169,7 +169,11 @@ def _compiled(model: Encoder | Decoder, params: dict, pooling: str, mesh: Mesh |
     if mesh is None:
         return jax.jit(encode)
     spread = batch_sharding(mesh)
-    return jax.jit(encode, in_shardings=(tree_shardings(params, mesh), spread, spread), out_shardings=replicated(mesh))
+    return jax.jit(
+        traced_on(mesh, encode),
+        in_shardings=(tree_shardings(params, mesh), spread, spread),
+        out_shardings=replicated(mesh),
+    )
 
 
 def last_pool(hidden_BSD: jax.Array, mask_BS: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
-from jaxnr.mesh import batch_sharding, replicated
+from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.prompting.prompt import pad_prompts, special_names
 from jaxnr.rewards.criteria import Criterion
@@ -44,7 +44,7 @@ class LanguageModelJudge:
         *,
         lists_per_step: int,
     ):
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = batch_ways(mesh)
         self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
         self._lists_per_step = _multiple(ways, lists_per_step)
         self._before, self._after = _around_message(tokenizer)
@@ -124,7 +124,9 @@ def make_scorer(model: Decoder, yes_ids: Sequence[int], no_ids: Sequence[int], m
         return jax.nn.sigmoid(evidence(yes_ids) - evidence(no_ids))
 
     spread = batch_sharding(mesh)
-    return jax.jit(score, in_shardings=(None, spread, spread, spread, spread), out_shardings=replicated(mesh))
+    return jax.jit(
+        traced_on(mesh, score), in_shardings=(None, spread, spread, spread, spread), out_shardings=replicated(mesh)
+    )
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> tuple[int, ...]:

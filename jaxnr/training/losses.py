@@ -27,8 +27,8 @@ def logits_NV(hidden_ND: jax.Array, head_VD: jax.Array, vocabulary_size: int) ->
 def map_chunks(function: Callable, arrays: tuple[jax.Array, ...], chunk: int = CHUNK_TOKENS) -> jax.Array:
     """``function(*rows)`` over chunks of the leading axis, rematerialised; zeros fill up the last chunk.
 
-    A chunk takes every ``chunks``-th row, so that devices over which the rows are spread each compute their own rows of
-    every chunk. Chunks of consecutive rows would lie on one device each, and every device would compute all of them.
+    A chunk has ``chunk`` rows for each device over which they are spread, and takes every ``chunks``-th row, so that
+    each computes its own. Chunks of consecutive rows would lie on one device each, and every device would compute all.
     """
     count = arrays[0].shape[0]
     chunk = min(chunk * batch_ways(), count)

@@ -16,13 +16,18 @@ from jaxnr.models.weights import model_folder
 
 def make_decoder(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Decoder:
     """The configured decoder, for the run's tokenizer. Raises InputError where a pretrained one does not fit it."""
+    shape = _pretrained_shape(config.path, tokenizer) if config.path else fresh_shape(config, len(tokenizer))
+    return decoder_of(config, shape)
+
+
+def decoder_of(config: ModelConfig, shape: DecoderConfig) -> Decoder:
+    """The configured decoder of a shape."""
     lora = LoraConfig(rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets)
-    shape = _pretrained_shape(config.path, tokenizer) if config.path else _fresh_shape(config, len(tokenizer))
     return Decoder(shape, dtype=jnp.dtype(config.compute), remat=config.remat, lora=lora)
 
 
 def pretrained_params(model: Decoder, path: str, mesh: Mesh, seed: int) -> dict:
-    """The float32 parameters of a checkpoint, spread over the mesh, with new adapters where the model has any."""
+    """The parameters of a checkpoint, spread over the mesh, with new adapters where the model has any."""
     params = load_decoder_params(model_folder(path), model, mesh)
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return with_new_adapters(params, abstract, jax.random.key(seed))
@@ -35,7 +40,8 @@ def _pretrained_shape(path: str, tokenizer: PreTrainedTokenizerBase) -> DecoderC
     return shape
 
 
-def _fresh_shape(config: ModelConfig, tokens: int) -> DecoderConfig:
+def fresh_shape(config: ModelConfig, tokens: int) -> DecoderConfig:
+    """The shape of a model from scratch, for a tokenizer of so many tokens."""
     return DecoderConfig(
         vocab_size=tokens,
         hidden_size=config.hidden_size,
