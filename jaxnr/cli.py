@@ -342,6 +342,7 @@ Command = (
     | Grpo
     | Distill
     | Evaluate
+    | Plan
     | Baseline
     | Generate
     | Index

@@ -26,7 +26,7 @@ class Needs:
     part_of: str
     fits: bool
     peak: float
-    """Bytes: arguments, results that take no argument's place, and temporaries."""
+    """Bytes: the most that are in use at once, arguments and results among them."""
     own: float
     """Bytes of the peak beside what lasts: parameters and optimizer state."""
     flops: float
@@ -57,14 +57,8 @@ def compile_program(program: Program, slice_: Slice, devices: int, trips: int) -
         if (needed := wanted_bytes(str(error))) is None:
             raise
         seconds = time.monotonic() - started
-        return Needs(**known, fits=False, peak=lasting + needed, own=needed, compile_seconds=seconds)
-    memory = compiled.memory_analysis()
-    peak = float(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+        return Needs(**known, fits=False, peak=needed, own=needed - lasting, compile_seconds=seconds)
+    peak = float(compiled.memory_analysis().peak_memory_in_bytes)
     text = hlo.Program(compiled.as_text())
     moved = text.memory_bytes()
     return Needs(
@@ -80,6 +74,6 @@ def compile_program(program: Program, slice_: Slice, devices: int, trips: int) -
 
 
 def wanted_bytes(message: str) -> float | None:
-    """Of temporaries, as the compiler says when there are too many; None for any other message."""
+    """What a program needs in all, as the compiler says when that is too much; None for any other message."""
     found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])\b", message)
     return float(found[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]] if found else None
