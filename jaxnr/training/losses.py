@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxnr.mesh import batch_ways, spread
 
 CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once: 1024 × 152 064 float32 logits are 0.6 GiB."""
+"""Tokens whose logits exist at once on a device: 1024 × 152 064 float32 logits are 0.6 GiB."""
 
 
 def logits_NV(hidden_ND: jax.Array, head_VD: jax.Array, vocabulary_size: int) -> jax.Array:
