@@ -16,7 +16,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from jaxnr import __version__
-from jaxnr.config import Config, flatten, load_config, save_config
+from jaxnr.claim import claim
+from jaxnr.config import Config, load_config
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError, Preempted
 from jaxnr.files import read_json
@@ -196,6 +197,46 @@ class Baseline:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Fill one of the paper's tables, or all, with this project's numbers over several seeds, the paper's beside them.
+
+    Each seed is a whole run; the tables' other runs share its first stages. Killed or interrupted, the same command
+    goes on where it stopped.
+    """
+
+    table: Annotated[
+        tyro.conf.Positional[
+            Literal["offline", "rewards", "distillation", "capacity", "sampling", "efficiency", "all"]
+        ],
+        tyro.conf.arg(metavar="TABLE"),
+    ]
+    """offline, rewards, distillation, capacity, sampling, efficiency, or all of them."""
+    config_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="CONFIG", metavar="CONFIG")]
+    """TOML file with the settings; what it leaves out keeps the default shown here."""
+    out: Path | None = None
+    """Folder of the runs and tables; runs/reproduce-<name of CONFIG> when not given."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs; `--seed` is not used."""
+    sizes: tuple[str, ...] = ("0.25", "0.5", "1", "2")
+    """Teachers of the capacity study, smallest first: factors of the widths in the config, or folders or hub names of
+    pretrained models; `1` is the config's own."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = _DEFAULTS
+
+    def __call__(self) -> None:
+        validate(self.config)
+        from jaxnr.reproduce.run import reproduce
+        from jaxnr.reproduce.tables import TABLES
+
+        out = self.out or Path("runs") / f"reproduce-{self.config_file.stem}"
+        names = list(TABLES) if self.table == "all" else [self.table]
+        try:
+            reproduce(names, self.config, self.seeds, self.sizes, out)
+        except KeyboardInterrupt:
+            print("jaxnr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Print the queries that a trained model writes for one user, and the articles they retrieve."""
 
@@ -344,10 +385,10 @@ Command = (
     | Evaluate
     | Plan
     | Baseline
+    | Reproduce
     | Generate
     | Index
     | Export
-    | Plan
     | Benchmark
     | Report
 )
@@ -385,7 +426,7 @@ def _parse(args: list[str]) -> Command:
         print(f"jaxnr {__version__}")
         sys.exit(0)
     command = tyro.cli(Command, args=args, prog="jaxnr", description=_ABOUT, config=_STYLE)
-    if isinstance(command, _OnConfig | Plan):
+    if isinstance(command, _OnConfig | Plan | Reproduce):
         # Options come again; a flag that is set already could not be given a second time.
         unset = {field.name: False for field in dataclasses.fields(command) if getattr(command, field.name) is True}
         with_file = dataclasses.replace(command, config=load_config(command.config_file), **unset)
@@ -417,31 +458,6 @@ def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool, dist
         if fresh and not (out / "done" / "data.json").exists():
             shutil.rmtree(out)
         raise
-
-
-def claim(config: Config, out: Path, *, begin: bool, resume: bool) -> bool:
-    """Makes ``out`` the folder of a run of ``config``; returns whether the run is new. Never overwrites anything.
-
-    Stages that ``begin`` a run want a new folder, unless they ``resume``; the later ones want a run of the same config.
-    Raises InputError where that is not so.
-    """
-    saved = out / "config.toml"
-    try:
-        if not saved.exists():
-            if not begin:
-                raise InputError(f"{out} holds no run; `jaxnr data CONFIG --out {out}` begins one.")
-            if out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
-                raise InputError(f"{out} is not empty and holds no run; give a new folder with --out.")
-            save_config(config, saved)
-            return True
-    except OSError as error:
-        raise InputError(f"{out} cannot be the folder of a run: {error.strerror}.") from None
-    if begin and not resume:
-        raise InputError(f"{out} already holds a run; go on with it by --resume, or give another folder with --out.")
-    asked, before = flatten(config), flatten(load_config(saved))
-    if changes := [f"`{key}` was {before[key]!r}, now {asked[key]!r}" for key in asked if asked[key] != before[key]]:
-        raise InputError(f"{out} holds a run of another config: {'; '.join(changes)}. Give another folder with --out.")
-    return False
 
 
 def _require_run(run_dir: Path) -> None:

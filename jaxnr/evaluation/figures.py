@@ -19,7 +19,7 @@ REWARDS = ("align", "coverage", "specificity", "diversity", "structure")
 
 _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e4e8ec"
 _BLUE, _ORANGE, _GREEN, _VIOLET = "#2867b2", "#c8641b", "#2f8f5b", "#7a4fa3"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxnr",
     "font.family": "sans-serif",
@@ -55,7 +55,7 @@ def reward_curves(rows: Rows) -> Markup | None:
     names = [name for name in ("total", *REWARDS) if series(rows, f"reward/{name}/mean")[0]]
     if not names:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panels = _panels(len(names), columns=3)
         for axes, name in zip(panels, names, strict=True):
             _plot_reward(axes, rows, name)
@@ -120,7 +120,7 @@ def best_of_n_curve(best_of_n: Mapping[str, Metrics]) -> Markup | None:
     panels = [(title, known) for title, known in panels if known]
     if not panels:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes_of = _panels(len(panels), columns=3)
         for axes, (title, known) in zip(axes_of, panels, strict=True):
             mean, below, above = np.array(list(known.values())).T
@@ -139,7 +139,7 @@ def method_intervals(offline: Mapping[str, Metrics], labels: Mapping[str, str]) 
     known = intervals({method: offline[method] for method in labels}, "recall@10")
     if not known:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.5 + 0.27 * len(known)), layout="constrained")
         axes = figure.subplots()
         mean, below, above = np.array(list(known.values())).T
@@ -173,7 +173,7 @@ def _curves(panels: list[tuple[str, list[tuple[str, tuple[list[int], list[float]
     panels = [(title, lines) for title, lines in panels if lines]
     if not panels:
         return None
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes_of = _panels(len(panels), columns=3)
         for axes, (title, lines) in zip(axes_of, panels, strict=True):
             for label, (steps, values), color in lines:

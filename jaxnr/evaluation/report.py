@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from jaxnr.evaluation import figures
+from jaxnr.evaluation import figures, paper
 from jaxnr.evaluation.figures import is_number
 from jaxnr.evaluation.metrics import METRICS
 
@@ -38,21 +38,30 @@ LABELS = {
 
 METRIC_LABELS = {"recall@5": "R@5", "recall@10": "R@10", "ndcg@5": "NDCG@5", "ndcg@10": "NDCG@10", "mrr": "MRR"}
 
+PAPER_LABELS = {
+    "gru": "GRU",
+    "sasrec": "SASRec",
+    "nrhub": "NRHUB",
+    "pinsage": "PinSage",
+    "hstu": "HSTU",
+    "prompt_only": "Prompt only, 32B",
+    "teacher": "RL teacher, 32B",
+    "student_on_policy": "On-policy student, 0.5B",
+    "student_supervised": "Supervised student, 0.5B",
+    "student_untrained": "No distillation, 0.5B",
+}
+
 BEYOND_LABELS = {"diversity": "diversity", "categories": "categories shown", "age_hours": "age, hours"}
 
-# arXiv 2602.15005, the offline table and the distillation ablation. A missing value is one the paper does not give.
 PAPER_ROWS = (
-    ("GRU", 0.144, 0.189, 0.129, 0.159, 0.117),
-    ("SASRec", 0.158, 0.206, 0.141, 0.173, 0.129),
-    ("NRHUB", 0.162, 0.212, 0.145, 0.178, 0.133),
-    ("PinSage", 0.168, 0.220, 0.149, 0.184, 0.138),
-    ("HSTU", 0.216, 0.250, 0.194, 0.228, 0.184),
-    ("Prompt only, 32B", 0.153, 0.194, 0.139, 0.188, 0.147),
-    ("RL teacher, 32B", 0.257, 0.271, 0.209, 0.241, 0.199),
-    ("On-policy student, 0.5B", 0.233, 0.261, 0.196, 0.235, 0.180),
-    ("Supervised student, 0.5B", None, 0.245, None, 0.207, None),
-    ("No distillation, 0.5B", None, 0.187, None, 0.179, None),
+    *((PAPER_LABELS[name], *values) for name, values in paper.OFFLINE.items()),
+    *(
+        (PAPER_LABELS[name], None, recall, None, ndcg, None)
+        for name, (recall, ndcg) in paper.DISTILLATION.items()
+        if name not in paper.OFFLINE
+    ),
 )
+"""A missing value is one the paper does not give."""
 
 
 def write_report(

@@ -27,6 +27,7 @@ from jaxnr.evaluation.report import console_table, write_report
 from jaxnr.evaluation.significance import compare, mean_interval
 from jaxnr.files import without_nan, write_text
 from jaxnr.hosts import gather_rows, is_first, own
+from jaxnr.models.decoder import parameter_count
 from jaxnr.progress import progress
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.composite import Retrieved
@@ -116,7 +117,8 @@ def recall_at_10(road: Road, policy: Policy, params: dict) -> dict[str, float]:
 
 
 def evaluate(road: Road) -> None:
-    """Measures every method on the test users; writes results.json, showcase.json and report.html, prints the table.
+    """Measures every method on the test users; writes results.json, report.html and what they are made from
+    (per_user.json, showcase.json), and prints the table.
 
     Models that have not been trained yet are left out. Raises InputError where none has been.
     """
@@ -133,11 +135,12 @@ def evaluate(road: Road) -> None:
     relevant = [example.relevant for example in examples]
     plain = plain_rankings(road, examples)
     per_user = {name: evaluate_rankings(rankings, relevant) for name, rankings in plain.items()}
-    sampled, throughput, best, merges = {}, {}, {}, {}
+    sampled, throughput, parameters, best, merges = {}, {}, {}, {}, {}
     with progress("evaluate", len(models)) as bar:
         for name, (shape, stage) in models.items():
             policy = road.policy(shape)
             params = road.trained_params(policy, stage)
+            parameters[shape] = parameter_count(params)
             samples = max(config.best_of_n) if name == "teacher" else config.samples
             sampled[name] = sample_lists(road, policy, params, examples, samples)
             values_US = evaluate_samples(sampled[name].rankings_US, relevant)
@@ -162,17 +165,28 @@ def evaluate(road: Road) -> None:
         for name, rankings_US in rankings.items()
     }
     results["slices"] = {"cold": cold_users(road, examples, per_user)}
+    results["parameters"] = parameters
     results["merging"] = {"used": road.config.retrieval.merge, "valid/recall@10": merges}
     results["seconds"] = {**seconds, "evaluate": round(time.monotonic() - started, 3)}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 3)
     if not is_first():
         return
     results = without_nan(results)
+    by_user = {
+        "user_id": [example.user_id for example in examples],
+        "methods": {name: as_lists(values) for name, values in per_user.items()},
+        "best_of_n": {str(n): as_lists(values) for n, values in best.items()},
+    }
+    write_text(road.out / "per_user.json", json.dumps(by_user, allow_nan=False))
     showcase = show(road, examples, sampled)
     write_text(road.out / "showcase.json", json.dumps(showcase, ensure_ascii=False))
     write_text(road.out / "results.json", json.dumps(results, indent=2, allow_nan=False))
     write_report(road.out / "report.html", results, read_metrics(road.out / "metrics.jsonl"), showcase)
     Console().print(console_table(results))
+
+
+def as_lists(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    return {metric: values[metric].tolist() for metric in METRICS}
 
 
 def validation_recall_of_merges(road: Road, policy: Policy, params: dict) -> dict[str, float]:

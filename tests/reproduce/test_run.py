@@ -1,0 +1,130 @@
+"""The runs behind the tables: what they share with the base run, and that nothing that has ended is done again."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import pytest
+from tiny_run import CONFIG, finished_run, tiny_surroundings
+
+import jaxnr.reproduce.run
+from jaxnr.config import (
+    BaselinesConfig,
+    GruConfig,
+    HstuConfig,
+    NrhubConfig,
+    PinsageConfig,
+    SasrecConfig,
+    load_config,
+)
+from jaxnr.errors import InputError
+from jaxnr.reproduce.conditions import best_of_many, capacities, carry_out, reward_ablations
+from jaxnr.reproduce.run import needed, reproduce
+from jaxnr.reproduce.tables import TABLES
+from jaxnr.rewards.composite import REWARDS
+from jaxnr.training.metrics import read_metrics
+
+pytestmark = pytest.mark.xdist_group("tiny_run")
+
+
+@pytest.fixture
+def surroundings(tmp_path_factory):
+    with tiny_surroundings(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture
+def seed_dir(tmp_path, tmp_path_factory, surroundings):
+    """A seed's folder with its base run."""
+    shutil.copytree(finished_run(tmp_path_factory.getbasetemp()), tmp_path / "seed0" / "base")
+    return tmp_path / "seed0"
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_ablation_differs_in_one_weight_and_starts_from_the_base_runs_teacher(seed_dir):
+    before = files(seed_dir / "base")
+    (condition,) = (c for c in reward_ablations(CONFIG) if c.name == "without_align")
+    run = carry_out(condition, seed_dir)
+    assert load_config(run / "config.toml").reward == dataclasses.replace(CONFIG.reward, align=0.0)
+    assert (run / "data").resolve() == (seed_dir / "base" / "data").resolve()
+    rows, base_rows = ([row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == "grpo"]
+                       for folder in (run, seed_dir / "base"))  # fmt: skip
+    assert len(rows) == len(base_rows)
+    assert rows[0]["valid/recall@10"] == base_rows[0]["valid/recall@10"]
+    assert rows[0]["valid/reward/total"] != base_rows[0]["valid/reward/total"]
+    results = json.loads((run / "results.json").read_text())
+    assert {"teacher", "prompt_only"} <= results["offline"].keys()
+    assert not any(name.startswith("student") for name in results["offline"])
+    assert files(seed_dir / "base") == before
+
+    done = files(run)
+    carry_out(condition, seed_dir)
+    assert files(run) == done
+
+
+def test_the_teachers_best_lists_are_those_of_the_base_run(seed_dir):
+    config = dataclasses.replace(CONFIG, evaluation=dataclasses.replace(CONFIG.evaluation, bootstrap_resamples=50))
+    run = carry_out(best_of_many(config), seed_dir)
+    best = json.loads((run / "per_user.json").read_text())["best_of_n"]
+    assert list(best) == ["1", "2", "4", "8", "16", "32"]
+    assert (run / "checkpoints" / "grpo").is_symlink()
+
+
+def test_another_config_in_the_same_folder_is_refused(seed_dir):
+    changed = dataclasses.replace(CONFIG, prompt=dataclasses.replace(CONFIG.prompt, max_queries=2))
+    with pytest.raises(InputError, match=r"prompt\.max_queries"):
+        carry_out(next(needed("distillation", changed, ("0.5", "1"))), seed_dir)
+
+
+def test_sizes_scale_the_widths_or_name_checkpoints():
+    (half, named) = capacities(CONFIG, ("0.5", "1", "some/model-3B"))
+    assert (half.name, half.config.teacher.hidden_size) == ("teacher_0.5", 16)
+    assert half.config.teacher.num_layers == CONFIG.teacher.num_layers
+    assert (named.name, named.config.teacher.path) == ("teacher_some_model-3B", "some/model-3B")
+
+
+@pytest.mark.parametrize("sizes", [("1",), ("1", "1"), ("0", "1")])
+def test_sizes_that_make_no_sense_are_refused(sizes, tmp_path):
+    with pytest.raises(InputError, match="--sizes"):
+        reproduce(["capacity"], CONFIG, (0,), sizes, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1, 0)])
+def test_seeds_that_make_no_sense_are_refused(seeds, tmp_path):
+    with pytest.raises(InputError, match="--seeds"):
+        reproduce(["offline"], CONFIG, seeds, ("0.5", "1"), tmp_path)
+
+
+@pytest.mark.slow
+def test_all_tables_over_two_seeds(tmp_path, surroundings, monkeypatch):
+    config = dataclasses.replace(
+        CONFIG,
+        baselines=BaselinesConfig(
+            trials=1,
+            gru=GruConfig(size=8, batch=16, negatives=16, epochs=1, length=10),
+            sasrec=SasrecConfig(size=8, batch=16, negatives=8, epochs=1, length=10),
+            hstu=HstuConfig(size=8, batch=16, negatives=8, epochs=1, length=10),
+            nrhub=NrhubConfig(records=4, record_words=5, word_size=8, filters=8, attention_size=8, batch=16, epochs=1),
+            pinsage=PinsageConfig(size=8, neighbours=3, walks=20, batch=64, negatives=8, epochs=1),
+        ),
+    )
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests of this process compile the same programs
+    reproduce(list(TABLES), config, (0, 1), ("0.5", "1"), tmp_path)
+    done = files(tmp_path)
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+        f"{name}.{form}" for name in TABLES for form in ("json", "csv", "md", "svg")
+    }
+    assert (tmp_path / "tables.md").read_text().count("###") == len(TABLES)
+    for reward in REWARDS:
+        assert (tmp_path / "seed1" / f"without_{reward}" / "report.html").exists()
+
+    monkeypatch.setattr(jaxnr.reproduce.run, "run_baseline", None)
+    reproduce(list(TABLES), config, (0, 1), ("0.5", "1"), tmp_path)
+    again = files(tmp_path)
+    written = {path for path in done if path.parent.name == "tables" or path.name == "tables.md"}
+    assert {path for path in done if again[path] != done[path]} <= written
