@@ -1,5 +1,5 @@
-"""EB-NeRD (Ekstra Bladet, RecSys Challenge 2024): ``articles.parquet``, and ``behaviors.parquet`` with ``history.parquet``
-in a folder for each split.
+"""EB-NeRD (Ekstra Bladet, RecSys Challenge 2024): ``articles.parquet``, and a folder a split with ``behaviors.parquet``
+and ``history.parquet``.
 
 What a user read is told several times over, and this is what counts:
 
@@ -44,7 +44,7 @@ _OPTIONAL = {
     _BEHAVIORS: ("article_ids_clicked", "session_id", "next_read_time", "is_beyond_accuracy"),
     _HISTORY: ("read_time_fixed",),
 }
-"""Columns of use that a file may lack: behaviors of the test split lack what was clicked, others `is_beyond_accuracy`."""
+"""Columns that a file may lack: those of the test split what was clicked, the others ``is_beyond_accuracy``."""
 _WHOLE_NUMBERS = {"article_id", "published_time", "impression_id", "impression_time", "user_id", "session_id"}
 _LISTS_OF_WHOLE_NUMBERS = {"article_ids_inview", "article_ids_clicked", "impression_time_fixed", "article_id_fixed"}
 _BATCH_ROWS = 1024
