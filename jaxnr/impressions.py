@@ -267,15 +267,18 @@ def _print(results: dict) -> None:
     console = Console()
     counts = results["impressions"]
     if results["methods"]:
-        labels = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
-        table = Table("method", *(labels[metric] for metric in IMPRESSION_METRICS), box=box.SIMPLE_HEAD)
+        labels = {"mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
+        table = Table(
+            "method", "AUC (95 %)", *(labels[metric] for metric in IMPRESSION_METRICS[1:]), box=box.SIMPLE_HEAD
+        )
         for name, metrics in results["methods"].items():
-            cells = ("{mean:.4f} ({low:.4f}–{high:.4f})".format(**metrics[metric]) for metric in IMPRESSION_METRICS)
-            table.add_row(LABELS.get(name, name), *cells)
+            auc = "{mean:.3f} ({low:.3f}–{high:.3f})".format(**metrics["auc"])
+            others = (f"{metrics[metric]['mean']:.3f}" for metric in IMPRESSION_METRICS[1:])
+            table.add_row(LABELS.get(name, name), auc, *others)
         console.print(table)
     console.print(
         f"{counts['scored']:,} impressions of {counts['users']:,} users scored, of {counts['logged']:,} logged since "
-        f"{results['test_begins']}; 95 % intervals over users",
+        f"{results['test_begins']}; intervals over users",
         markup=False,
         highlight=False,
         soft_wrap=True,

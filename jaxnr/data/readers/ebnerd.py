@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from jaxnr.data.readers.fields import Fields
 from jaxnr.data.readers.parquet import numbered_rows, parquet_batches
@@ -47,6 +47,8 @@ _OPTIONAL = {
 """Columns that a file may lack: those of the test split what was clicked, the others ``is_beyond_accuracy``."""
 _WHOLE_NUMBERS = {"article_id", "published_time", "impression_id", "impression_time", "user_id", "session_id"}
 _LISTS_OF_WHOLE_NUMBERS = {"article_ids_inview", "article_ids_clicked", "impression_time_fixed", "article_id_fixed"}
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported, so type checkers do not know them."""
 _BATCH_ROWS = 1024
 """Of a few hundred articles each."""
 
@@ -129,7 +131,7 @@ def _keep_earliest(first: dict[int, int], article_ids: pa.Array, times: pa.Array
     table = pa.table({"article": article_ids, "time": times}).group_by("article").aggregate([("time", "min")])
     for article_id, time in zip(table["article"].to_pylist(), table["time_min"].to_pylist(), strict=True):
         if article_id is not None and time is not None:
-            first[article_id] = min(time, first.get(article_id, time))
+            first[article_id] = min(int(time), first.get(article_id, int(time)))
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
