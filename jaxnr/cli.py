@@ -237,6 +237,29 @@ class Reproduce:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Impressions:
+    """MIND's own task on a run: rank the candidates of each logged impression; AUC, MRR, nDCG@5 and nDCG@10."""
+
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="RUN_DIR", metavar="RUN_DIR")]
+    """Folder of a run whose data stage is done; the results go to its impressions/results.json."""
+    methods: tuple[str, ...] = ()
+    """By their names in results.json, and of trained baselines; when not given, those that learn nothing, teacher,
+    student_on_policy and all baselines, as far as they are there."""
+    at_most: int = 0
+    """So many impressions, drawn by seed; 0 for all."""
+    predictions: bool = False
+    """Write a submission too, impressions/METHOD-SPLIT.txt: every impression with the ranks of its candidates."""
+
+    def __call__(self) -> None:
+        if self.at_most < 0:
+            raise InputError(f"--at-most is {self.at_most}; expected 0 or more.")
+        _require_run(self.run_dir)
+        from jaxnr.impressions import impressions
+
+        impressions(self.run_dir, self.methods, self.at_most, self.predictions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Print the queries that a trained model writes for one user, and the articles they retrieve."""
 
@@ -385,7 +408,8 @@ Command = (
     | Evaluate
     | Plan
     | Baseline
-    | Reproduce
+    | Reproduce @ dataclasses.dataclass(frozen=True, kw_only=True)
+    | Impressions
     | Generate
     | Index
     | Export

@@ -24,7 +24,7 @@ from jaxnr.files import write_text
 class DataConfig:
     """Where the events come from and how they are split."""
 
-    format: Literal["synthetic", "events", "mind", "deskdrop"] = "synthetic"
+    format: Literal["synthetic", "events", "mind", "ebnerd", "deskdrop"] = "synthetic"
     """`synthetic` is the generated world; the others are read from `path` (docs/data.md)."""
     path: str = ""
     """Folder with the data; unused by `synthetic`."""

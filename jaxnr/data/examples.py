@@ -164,7 +164,7 @@ def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: i
     if events.num_rows == 0:
         raise InputError(f"There is no event of user {user_id!r} in the log.")
     users, _ = histories(dataclasses.replace(tables, events=events))
-    example = next(_example(user, timestamp, max_signals) for user in users if user.user_id == user_id)
+    example = next(example_at(user, timestamp, max_signals) for user in users if user.user_id == user_id)
     if not example.signals:
         raise InputError(f"None of the {events.num_rows} events of user {user_id!r} is a clean signal to write from.")
     return example
@@ -188,7 +188,7 @@ def _train_examples(
             _count(skipped, "train_too_few_signals")
             continue
         chosen = rng.choice(times, min(cfg.train_prompts_per_user, len(times)), replace=False)
-        examples += [_example(user, int(time), cfg.max_signals) for time in np.sort(chosen)]
+        examples += [example_at(user, int(time), cfg.max_signals) for time in np.sort(chosen)]
     return examples
 
 
@@ -209,7 +209,7 @@ def _requests(
         if at == len(user.request_times) or user.request_times[at] >= end:
             _count(skipped, f"{split}_no_request")
             continue
-        example = _example(user, int(user.request_times[at]), cfg.max_signals)
+        example = example_at(user, int(user.request_times[at]), cfg.max_signals)
         relevant, report = _relevant(user, example, catalogue, end)
         totals = ClickReport(
             **{name: value + getattr(report, name) for name, value in dataclasses.asdict(totals).items()}
@@ -242,7 +242,7 @@ def _relevant(user: User, example: Example, catalogue: _Catalogue, end: int) -> 
     return tuple(relevant), report
 
 
-def _example(user: User, timestamp: int, max_signals: int) -> Example:
+def example_at(user: User, timestamp: int, max_signals: int) -> Example:
     """What was known of the user strictly before the timestamp; the number and the relevant articles come later."""
     known = int(np.searchsorted(user.signal_times, timestamp, side="left"))
     clicked = int(np.searchsorted(user.click_times, timestamp, side="left"))

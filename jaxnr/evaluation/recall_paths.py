@@ -81,7 +81,7 @@ def popularity(
     """
     catalogue = Catalogue.of(articles)
     newest_I = np.argsort(-catalogue.published_I, kind="stable")
-    click_times, click_rows = _clicks(events, catalogue)
+    click_times, click_rows = clicks_of(events, catalogue)
     rankings = []
     for example in examples:
         window = (example.timestamp - window_days * DAY, example.timestamp)
@@ -109,9 +109,9 @@ def signals(
     They retrieve and are merged exactly as a model's queries are. A signal without a known word retrieves nothing.
     """
     catalogue = Catalogue.of(articles)
-    texts = [list(dict.fromkeys(signal.text for signal in reversed(e.signals)))[:max_queries] for e in examples]
+    texts = [latest_texts(example, max_queries) for example in examples]
     queries_UQE = np.zeros((len(examples), max_queries, embedder.size), np.float32)
-    for user, vectors_QE in enumerate(_embed_each(texts, embedder)):
+    for user, vectors_QE in enumerate(embed_each(texts, embedder)):
         queries_UQE[user, : len(vectors_QE)] = vectors_QE
     scores_UQK, rows_UQK = search(examples, catalogue, queries_UQE, index, articles_per_query)
     ranking_UM = merge(rows_UQK, scores_UQK, (queries_UQE != 0).any(axis=-1))
@@ -123,18 +123,28 @@ def content(
 ) -> list[list[str]]:
     """The articles nearest to the mean embedding of all the signals of the example."""
     catalogue = Catalogue.of(articles)
-    mean_U1E = np.zeros((len(examples), 1, embedder.size), np.float32)
-    texts = [[signal.text for signal in example.signals] for example in examples]
-    for user, vectors_NE in enumerate(_embed_each(texts, embedder)):
-        mean_U1E[user, 0] = vectors_NE.sum(axis=0)
-    norm_U11 = np.linalg.norm(mean_U1E, axis=-1, keepdims=True)
-    mean_U1E /= np.where(norm_U11 > 0, norm_U11, 1)
-    _, rows_U1K = search(examples, catalogue, mean_U1E, index, depth)
-    rows_UK = np.where(norm_U11[..., 0] > 0, rows_U1K[:, 0], -1)
+    mean_UE = mean_signals(examples, embedder)
+    _, rows_U1K = search(examples, catalogue, mean_UE[:, None], index, depth)
+    rows_UK = np.where(mean_UE.any(axis=-1, keepdims=True), rows_U1K[:, 0], -1)
     return to_item_ids(rows_UK, catalogue.item_ids_I)
 
 
-def _clicks(events: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+def latest_texts(example: Example, count: int) -> list[str]:
+    """The texts of the user's latest signals, latest first, ``count`` different ones at most."""
+    return list(dict.fromkeys(signal.text for signal in reversed(example.signals)))[:count]
+
+
+def mean_signals(examples: Sequence[Example], embedder: Embedder) -> np.ndarray:
+    """The direction of the mean embedding of each example's signals [U, E]; zero where they have no known word."""
+    mean_UE = np.zeros((len(examples), embedder.size), np.float32)
+    texts = [[signal.text for signal in example.signals] for example in examples]
+    for user, vectors_NE in enumerate(embed_each(texts, embedder)):
+        mean_UE[user] = vectors_NE.sum(axis=0)
+    norm_U1 = np.linalg.norm(mean_UE, axis=-1, keepdims=True)
+    return mean_UE / np.where(norm_U1 > 0, norm_U1, 1)
+
+
+def clicks_of(events: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
     """Times (UTC seconds, ascending) and article rows of all clicks in the log."""
     news = events.filter(pc.field("domain") == "news")
     item_ids = news.column("item_id").to_pylist()
@@ -145,7 +155,7 @@ def _clicks(events: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndar
     return times[order], rows[order]
 
 
-def _embed_each(texts: Sequence[Sequence[str]], embedder: Embedder) -> Iterator[np.ndarray]:
+def embed_each(texts: Sequence[Sequence[str]], embedder: Embedder) -> Iterator[np.ndarray]:
     """Vectors [texts of the user, E] of one user after the other; every different text is embedded once."""
     row_of = {text: row for row, text in enumerate(dict.fromkeys(text for user in texts for text in user))}
     vectors_NE = embedder.embed_queries(list(row_of)) if row_of else np.zeros((0, embedder.size), np.float32)

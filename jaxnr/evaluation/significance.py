@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -22,14 +22,41 @@ def mean_interval(values_U: np.ndarray, resamples: int = 2000, seed: int = 0) ->
     users = len(values_U)
     if not users:
         raise ValueError("no user to average over")
+    means = [values_U[drawn_RU].mean(axis=1) for drawn_RU in _resamples(users, resamples, seed)]
+    return {"mean": float(values_U.mean()), **_percentiles(means)}
+
+
+def grouped_mean_interval(
+    values_N: np.ndarray, user_N: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """``mean_interval`` of values of which a user has several: the mean over values, with whole users resampled.
+
+    What one user does is alike; resampling values would give intervals that are too narrow. ``user_N`` says whose each
+    value is. With one value a user this is ``mean_interval``. Raises ValueError when there is no value.
+    """
+    values_N = np.asarray(values_N, float)
+    if not len(values_N):
+        raise ValueError("no value to average over")
+    user_N = np.unique(user_N, return_inverse=True)[1]
+    sums_U, counts_U = np.bincount(user_N, values_N), np.bincount(user_N)
+    means = [
+        sums_U[drawn_RU].sum(axis=1) / counts_U[drawn_RU].sum(axis=1)
+        for drawn_RU in _resamples(len(counts_U), resamples, seed)
+    ]
+    return {"mean": float(values_N.mean()), **_percentiles(means)}
+
+
+def _resamples(users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Users drawn with replacement, some resamples [R, U] at a time."""
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
     rows = max(1, _MAX_DRAWS // users)
     for start in range(0, resamples, rows):
-        count = min(rows, resamples - start)
-        means[start : start + count] = values_U[generator.integers(users, size=(count, users))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return {"mean": float(values_U.mean()), "low": float(low), "high": float(high)}
+        yield generator.integers(users, size=(min(rows, resamples - start), users))
+
+
+def _percentiles(means: Sequence[np.ndarray]) -> dict[str, float]:
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return {"low": float(low), "high": float(high)}
 
 
 def compare(

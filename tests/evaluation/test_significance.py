@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxnr.evaluation.significance import compare, mean_interval
+from jaxnr.evaluation.significance import compare, grouped_mean_interval, mean_interval
 
 
 def test_interval_is_the_normal_one_for_many_users():
@@ -36,6 +36,21 @@ def test_constant_values_have_a_point_interval_and_no_values_are_refused():
     assert mean_interval(np.full(7, 0.25)) == {"mean": 0.25, "low": 0.25, "high": 0.25}
     with pytest.raises(ValueError, match="no user"):
         mean_interval(np.array([]))
+
+
+def test_values_of_one_user_are_resampled_together():
+    rng = np.random.default_rng(0)
+    own = rng.random(60)
+    single = grouped_mean_interval(own, np.arange(60)[::-1], resamples=200, seed=1)
+    assert single == pytest.approx(mean_interval(own[::-1], resamples=200, seed=1))
+    # Twenty times the same value of each user say no more than one of each.
+    many = grouped_mean_interval(np.repeat(own, 20), np.repeat(np.arange(60), 20), resamples=200, seed=1)
+    assert many == pytest.approx(mean_interval(own, resamples=200, seed=1))
+    # A user with more values weighs more, in the mean and in each resample.
+    uneven = grouped_mean_interval(np.array([1.0, 1.0, 1.0, 0.0]), np.array(["a", "a", "a", "b"]), resamples=200)
+    assert uneven == {"mean": 0.75, "low": 0.0, "high": 1.0}
+    with pytest.raises(ValueError, match="no value"):
+        grouped_mean_interval(np.array([]), np.array([]))
 
 
 @pytest.fixture

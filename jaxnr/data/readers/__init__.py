@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxnr.config import DataConfig
 from jaxnr.data.readers.deskdrop import read_deskdrop
+from jaxnr.data.readers.ebnerd import read_ebnerd
 from jaxnr.data.readers.events import read_events
 from jaxnr.data.readers.mind import read_mind
 from jaxnr.data.readers.report import ReadReport
@@ -35,10 +36,13 @@ def read_tables(config: DataConfig) -> tuple[Tables, ReadReport]:
             records = read_events(path, report)
         case "mind":
             records = read_mind(path, report)
+        case "ebnerd":
+            records = read_ebnerd(path, report)
         case "deskdrop":
             records = read_deskdrop(path, report)
         case other:
-            raise InputError(f"data.format {other!r} is not read from files; expected 'events', 'mind' or 'deskdrop'.")
+            expected = "'events', 'mind', 'ebnerd' or 'deskdrop'"
+            raise InputError(f"data.format {other!r} is not read from files; expected {expected}.")
     with progress("read rows", total=None) as bar:
         tables = collect(_counted(records, report, bar))
     for name, table in (("events", tables.events), ("articles", tables.articles)):

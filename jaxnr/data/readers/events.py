@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jaxnr.data.readers.fields import Fields
+from jaxnr.data.readers.parquet import numbered_rows, parquet_batches
 from jaxnr.data.readers.report import ReadReport, Refused
-from jaxnr.data.readers.source import Source, decode, unreadable
+from jaxnr.data.readers.source import Source, decode
 from jaxnr.data.readers.tables import Record, collect
 from jaxnr.data.schema import ARTICLES, DOMAINS, EVENTS, REQUESTS, Article, Event, Request
 from jaxnr.errors import InputError
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_PARQUET_BATCH_ROWS = 8192
 _MAX_POSITION = 2**31 - 1
 _HAS_DEFAULT = {"abstract", "action"}
 """Never null in the schema, yet with a default where the file has none."""
@@ -143,10 +142,14 @@ def _files(folder: Path, name: str) -> list[Path]:
 def _records(
     path: Path, schema: pa.Schema, convert: Callable[[Fields], Record], report: ReadReport
 ) -> Iterator[Record]:
-    read = _parquet_rows if path.suffix == ".parquet" else _json_rows
+    required = [field.name for field in schema if not field.nullable and field.name not in _HAS_DEFAULT]
+    if path.suffix == ".parquet":
+        lines = numbered_rows(parquet_batches(path, schema.names, required))
+    else:
+        lines = _json_rows(path)
     article_ids: set[str] = set()
     with report.rows_of(path) as rows:
-        for line, values in read(path, schema):
+        for line, values in lines:
             try:
                 if isinstance(values, Refused):
                     raise values
@@ -164,7 +167,7 @@ def _records(
             yield record
 
 
-def _json_rows(path: Path, schema: pa.Schema) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
     """Line numbers and JSON objects; a line that is none comes as the Refused that says so."""
     for number, line in Source(path).lines():
         try:
@@ -176,31 +179,3 @@ def _json_rows(path: Path, schema: pa.Schema) -> Iterator[tuple[int, dict[str, A
         else:
             known = isinstance(values, dict)
             yield number, values if known else Refused("not a JSON object", repr(values)[:80])
-
-
-def _parquet_rows(path: Path, schema: pa.Schema) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row numbers from 1 and the known columns, times as unix seconds."""
-    with unreadable(path), pq.ParquetFile(path) as file:
-        present = set(file.schema_arrow.names)
-        required = {field.name for field in schema if not field.nullable} - _HAS_DEFAULT
-        if required - present:
-            raise InputError(
-                f"{path}: lacks the column {', '.join(sorted(required - present))}; "
-                f"expected at least {', '.join(sorted(required))}."
-            )
-        columns = [name for name in schema.names if name in present]
-        number = 0
-        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns):
-            seconds = {name: _seconds(batch.column(name)) for name in columns}
-            for values in pa.RecordBatch.from_pydict(seconds).to_pylist():
-                number += 1
-                yield number, values
-
-
-def _seconds(column: pa.Array) -> pa.Array:
-    """A column of times as unix seconds; any other as it is."""
-    if pa.types.is_timestamp(column.type):
-        return column.cast(pa.timestamp("s", tz=column.type.tz), safe=False).cast(pa.int64())
-    if pa.types.is_date(column.type):
-        return column.cast(pa.timestamp("s")).cast(pa.int64())
-    return column

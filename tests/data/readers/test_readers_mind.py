@@ -159,6 +159,18 @@ def test_impressions_split_on_the_last_hyphen():
     assert (row.candidates, row.clicked) == (("N-1", "N-2", "a-b-c"), ("N-2", "a-b-c"))
 
 
+def test_candidates_keep_the_order_of_the_log_and_several_are_clicked():
+    row = parse_behavior(b"1\tU\t11/9/2019 1:00:00 PM\tN9 N8  N7\tN5-0 N2-1 N5-0 N1-1")
+    assert row.history == ("N9", "N8", "N7")
+    assert (row.candidates, row.clicked) == (("N5", "N2", "N5", "N1"), ("N2", "N1"))
+
+
+def test_two_first_impressions_of_one_second_give_one_history(tmp_path):
+    rows = ["1\tU1\t11/11/2019 9:00:00 AM\tN1 N2\tN4-1", "2\tU1\t11/11/2019 9:00:00 AM\tN1 N2 N3\tN5-1"]
+    events, *_ = read(write_split(tmp_path / "log", behaviors=rows))
+    assert [event.item_id for event in events if event.action == "history"] == ["N1", "N2"]
+
+
 def test_test_split_without_click_labels(tmp_path):
     rows = [*BEHAVIORS[:1], "2\tU2\t11/13/2019 9:00:00 AM\tN1\tN3 N4"]
     events, _, requests, _ = read(write_split(tmp_path / "log", behaviors=rows))
@@ -196,6 +208,7 @@ def test_a_refused_behavior_is_named(tmp_path, row, reason):
     ("row", "reason"),
     [
         (news_row("N9").rsplit("\t", 1)[0], "wrong number of columns"),
+        (news_row("N9", "a tab\tin it"), "wrong number of columns"),
         (news_row("N9", " "), "blank title"),
         (news_row(""), "blank id"),
     ],
