@@ -8,9 +8,10 @@ Optional fields may be missing or null; fields that the schema does not know are
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +63,47 @@ def read_event_file(path: Path) -> pa.Table:
     if not events.num_rows:
         raise InputError(f"{path}: there is no event in it. {report.summary()}")
     return events
+
+
+def stream_events(path: Path, report: ReadReport) -> Iterator[Event]:
+    """The events of one file, row by row.
+
+    Raises InputError for a missing or damaged file, and too many refused rows.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; expected events as {', '.join(_SUFFIXES)}.")
+    yield from cast(Iterator[Event], _records(path, EVENTS, event_of, report))
+
+
+def read_labels(path: Path) -> dict[tuple[str, int, str], deque[str]]:
+    """(user, time, stream) to the labels of those events, in the order of the file, in small letters.
+
+    Reads the columns `user_id`, `timestamp`, `domain` and `label`; a row without a label is passed over. Raises
+    InputError naming the row that is not so.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file of labels; expected {', '.join(_SUFFIXES)}.")
+    read = _parquet_rows if path.suffix == ".parquet" else _json_rows
+    labels: dict[tuple[str, int, str], deque[str]] = {}
+    for line, values in read(path, _LABELS):
+        try:
+            if isinstance(values, Refused):
+                raise values
+            if values.get("label") is not None:
+                row = Fields(values)
+                key = (row.identifier("user_id"), row.time("timestamp"), row.text("domain"))
+                labels.setdefault(key, deque()).append(str(values["label"]).lower())
+        except Refused as refused:
+            raise InputError(f"{path}:{line}: {refused.reason}; expected user_id, timestamp, domain, label.") from None
+    return labels
+
+
+_LABELS = pa.schema(
+    [
+        *(EVENTS.field(name) for name in ("user_id", "timestamp", "domain")),
+        pa.field("label", pa.string(), nullable=False),
+    ]
+)
 
 
 def read_article_file(path: Path) -> pa.Table:
