@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jaxnr.training.steps import TrainState, create_state, make_optimizer
 VALID_SHARE = TEST_SHARE = 0.15
 """Of the users, by a hash of their ids."""
 SETTINGS_FILE = "cleaner.json"
+Array = np.ndarray | jax.Array
 
 
 class Shown(NamedTuple):
@@ -203,7 +204,9 @@ def load_cleaner(name: str, config: CleaningConfig, mesh: Mesh) -> RobertaCleane
         )
     path = Path(name) / SETTINGS_FILE
     if not path.is_file():
-        return RobertaCleaner(*loaded, mesh, keep, 0, config.max_tokens, plain=True)
+        return RobertaCleaner(
+            loaded.model, loaded.params, loaded.tokenizer, mesh, keep, 0, config.max_tokens, plain=True
+        )
     expected = "the calibration of a classifier that `jaxnr clean` trained"
     content = read_json(path, expected)
     try:
@@ -211,7 +214,7 @@ def load_cleaner(name: str, config: CleaningConfig, mesh: Mesh) -> RobertaCleane
         context, max_tokens = int(content["context_texts"]), int(content["max_tokens"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: expected {expected} ({error!r}).") from error
-    return RobertaCleaner(*loaded, mesh, keep, context, max_tokens, calibration)
+    return RobertaCleaner(loaded.model, loaded.params, loaded.tokenizer, mesh, keep, context, max_tokens, calibration)
 
 
 def encode(
@@ -228,7 +231,8 @@ def encode(
         cast(list, tokenizer(list(texts), truncation=True, max_length=room)["input_ids"])
         for texts in zip(*(event.pair for event in shown), strict=True)
     )
-    return [[*ids, tokenizer.sep_token_id, *before[1:]] for ids, before in zip(first, second, strict=True)]
+    end = cast(int, tokenizer.sep_token_id)
+    return [[*ids, end, *before[1:]] for ids, before in zip(first, second, strict=True)]
 
 
 def padded(rows: Sequence[Sequence[int]], size: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +245,7 @@ def padded(rows: Sequence[Sequence[int]], size: int, length: int, pad_id: int) -
     return tokens_BS, mask_BS
 
 
-def noise_logits(model: Classifier, params: dict, keep: np.ndarray, tokens_BS: jax.Array, mask_BS: jax.Array):
+def noise_logits(model: Classifier, params: dict, keep: np.ndarray, tokens_BS: Array, mask_BS: Array):
     """Log-odds [B] of all labels that mean to drop against all that mean to keep."""
     logits_BL = cast(jax.Array, model.apply({"params": params}, tokens_BS, mask_BS)).astype(jnp.float32)
     return jax.nn.logsumexp(logits_BL[:, ~keep], axis=1) - jax.nn.logsumexp(logits_BL[:, keep], axis=1)
@@ -264,10 +268,10 @@ def make_scorer(model: Classifier, params: dict, keep: np.ndarray, mesh: Mesh) -
 class Batch(NamedTuple):
     """Right-padded events with their labels; those of weight 0 are padding."""
 
-    tokens_BS: np.ndarray
-    mask_BS: np.ndarray
-    noise_B: np.ndarray
-    weight_B: np.ndarray
+    tokens_BS: Array
+    mask_BS: Array
+    noise_B: Array
+    weight_B: Array
 
 
 def make_step(model: Classifier, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Callable:
@@ -399,10 +403,14 @@ class TfidfCleaner:
     """TF-IDF of words, word pairs and the stream, and of the words before, under logistic regression."""
 
     def __init__(self, train: Labelled, valid: Labelled):
-        self._text = TfidfVectorizer(ngram_range=(1, 2), min_df=1, sublinear_tf=True, token_pattern=r"\S+")
-        self._before = TfidfVectorizer(min_df=2, sublinear_tf=True, token_pattern=r"[^\s;]+")
-        self._text.fit([event.pair[0] for event in train.shown])
-        self._before.fit([event.pair[1] for event in train.shown])
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
+        before = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[^\s;]+")
+        columns = zip(*(event.pair for event in train.shown), strict=True)
+        # Nothing is known before the event where that is not read.
+        self._vectorizers = [
+            vectorizer.fit(texts) if any(texts) else None
+            for vectorizer, texts in zip((words, before), columns, strict=True)
+        ]
         features = self._features(train.shown)
         fitted = {C: LogisticRegression(C=C, max_iter=1000).fit(features, train.noise) for C in (1.0, 10.0, 100.0)}
         scores = {
@@ -420,8 +428,13 @@ class TfidfCleaner:
         return self.calibration.probabilities(self.logits(shown))
 
     def _features(self, shown: Sequence[Shown]) -> csr_matrix:
-        text, before = zip(*(event.pair for event in shown), strict=True)
-        return csr_matrix(hstack([self._text.transform(text), self._before.transform(before)]))
+        columns = zip(*(event.pair for event in shown), strict=True)
+        parts = [
+            vectorizer.transform(texts)
+            for vectorizer, texts in zip(self._vectorizers, columns, strict=True)
+            if vectorizer is not None
+        ]
+        return csr_matrix(hstack(parts))
 
 
 def measure(cleaner: RobertaCleaner | TfidfCleaner, test: Labelled) -> dict:
@@ -443,7 +456,7 @@ def measure(cleaner: RobertaCleaner | TfidfCleaner, test: Labelled) -> dict:
 
 def _figures(noise: np.ndarray, probability: np.ndarray, threshold: float) -> dict:
     precision, recall, f1, _ = precision_recall_fscore_support(
-        noise, probability >= threshold, average="binary", zero_division=0.0
+        noise, probability >= threshold, average="binary", zero_division=cast(Any, 0.0)
     )
     return {
         "events": len(noise),
