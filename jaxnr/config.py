@@ -59,7 +59,7 @@ class CleaningConfig:
     """Labels, in small letters, by which an event or a classifier's answer means to keep; all others mean to drop."""
     judged_events: int = 2000
     """Events that `labels = "judge"` asks about, drawn at random."""
-    context_texts: int = 8
+    context_texts: int = 0
     """Texts of the user before an event that the classifier which is trained here reads beside it."""
     max_tokens: int = 64
     """Longer inputs lose the earliest of these texts."""

@@ -35,7 +35,7 @@ SHARE = {
     "restart", "strangers",
 }
 # fmt: on
-OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta"}
+OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta", "keep_labels"}
 """Settings whose bounds stand in ``_problems``."""
 
 
