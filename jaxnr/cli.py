@@ -260,6 +260,40 @@ class Impressions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Clean:
+    """Keep or drop each event of a file: cheap rules, then a RoBERTa classifier, which can be trained here first.
+
+    Writes the cleaned events, every event's probability and reason, and a report. Killed or interrupted, the same
+    command keeps a classifier that it had trained.
+    """
+
+    events: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="EVENTS", metavar="EVENTS")]
+    """Events of the neutral schema (.jsonl, .jsonl.gz or .parquet), each user's oldest first."""
+    out: Path
+    """Folder for what is written."""
+    classifier: str = "none"
+    """`none` for rules alone, `roberta` to train a small one on the labels, or a folder or hub name."""
+    labels: str = ""
+    """For `roberta`: a file with the columns user_id, timestamp, domain and label, which may be EVENTS itself, or
+    `judge`, the language model of the config's [judge]."""
+    config: Path | None = None
+    """TOML file for other settings: [cleaning], [judge], [mesh], seed."""
+
+    def __call__(self) -> None:
+        settings = _DEFAULTS if self.config is None else load_config(self.config)
+        if self.classifier == "roberta" and not self.labels:
+            raise InputError("--classifier roberta needs --labels: a file, or judge.")
+        cleaning = dataclasses.replace(settings.cleaning, classifier=self.classifier, labels=self.labels or "truth")
+        settings = dataclasses.replace(settings, cleaning=cleaning)
+        validate(settings)
+        from jaxnr.data.clean_events import clean
+
+        report = clean(self.events, self.out, settings)
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in report["reasons"].items())
+        print(f"{self.out}: {report['events']:,} events: {counts}; {report['events_per_second']:,.0f} events/s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Print the queries that a trained model writes for one user, and the articles they retrieve."""
 
@@ -408,8 +442,9 @@ Command = (
     | Evaluate
     | Plan
     | Baseline
-    | Reproduce @ dataclasses.dataclass(frozen=True, kw_only=True)
+    | Reproduce
     | Impressions
+    | Clean
     | Generate
     | Index
     | Export

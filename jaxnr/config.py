@@ -44,6 +44,43 @@ class DataConfig:
     """At most so many test users (validation: half as many), drawn by seed; 0 for all."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleaningConfig:
+    """Which events are dropped before anything reads them (the paper's first stage)."""
+
+    rules: bool = True
+    """Drop empty, navigational, broken and repeated texts by rule; without, only blank ones."""
+    classifier: str = "none"
+    """What judges the events that are left: `none`; `roberta`, a small one that is trained here on `labels`; or the
+    folder or hub name of a RoBERTa classifier."""
+    labels: str = "truth"
+    """Where labels come from: `truth`, the generated world's; `judge`, the language model of [judge]; or a file."""
+    keep_labels: tuple[str, ...] = ("keep", "clean", "true", "1")
+    """Labels, in small letters, by which an event or a classifier's answer means to keep; all others mean to drop."""
+    judged_events: int = 2000
+    """Events that `labels = "judge"` asks about, drawn at random."""
+    context_texts: int = 0
+    """Texts of the user before an event that the classifier which is trained here reads beside it."""
+    max_tokens: int = 64
+    """Longer inputs lose the earliest of these texts."""
+    vocabulary_size: int = 4096
+    """Of its byte-level BPE, at most."""
+    hidden_size: int = 64
+    """Width of what is passed from layer to layer."""
+    layers: int = 2
+    """Attention with a feed-forward part, each."""
+    heads: int = 4
+    """Of an attention."""
+    strangers: float = 0.5
+    """Share of the events to keep that are given another user's text and trained on as noise, others each epoch."""
+    epochs: int = 4
+    """Times that every labelled event of the training users is seen."""
+    batch: int = 64
+    """Events a step."""
+    learning_rate: float = 2e-3
+    """Of AdamW, where its warm-up ends."""
+
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a decoder's layer, which can have adapters."""
 
@@ -500,6 +537,7 @@ class Config:
     max_skipped_steps: int = 10
     """A step whose loss or gradient is not finite changes nothing; after more than so many of a stage, it stops."""
     data: DataConfig = DataConfig()
+    cleaning: CleaningConfig = CleaningConfig()
     prompt: PromptConfig = PromptConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     reward: RewardConfig = RewardConfig()

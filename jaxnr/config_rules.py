@@ -21,20 +21,21 @@ POSITIVE = {
     "group_size", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
     "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
     "trials", "length", "size", "blocks", "heads", "negatives", "batch", "epochs", "records", "record_words",
-    "word_size", "filters", "attention_size", "neighbours", "walks", "margin", "clicks",
+    "word_size", "filters", "judged_events", "max_tokens", "layers", "attention_size",
+    "neighbours", "walks", "margin", "clicks",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
     "lora_rank", "warm_start.steps", "clip_high", "importance_cap", "overlong_tokens", "kl_weight", "prefix_tokens",
-    "max_skipped_steps",
+    "max_skipped_steps", "context_texts",
 }
 SHARE = {
     "max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2", "dropout", "id_dropout",
-    "restart",
+    "restart", "strangers",
 }
 # fmt: on
-OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta"}
+OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta", "keep_labels"}
 """Settings whose bounds stand in ``_problems``."""
 
 
@@ -62,6 +63,15 @@ def _problems(config: Config) -> Iterator[str]:
     data, prompt, retrieval, mesh = config.data, config.prompt, config.retrieval, config.mesh
     if data.format != "synthetic" and not data.path:
         yield f'`data.path` is empty, expected the folder with the data in the format "{data.format}"'
+    cleaning = config.cleaning
+    if cleaning.classifier == "roberta" and cleaning.labels == "truth" and data.format != "synthetic":
+        yield '`cleaning.labels` is "truth", which the generated world alone has; expected "judge" or a file of labels'
+    if not cleaning.classifier or not cleaning.labels:
+        yield '`cleaning.classifier` or `cleaning.labels` is empty, expected "none" or a classifier, and a source'
+    if cleaning.heads > 0 and cleaning.hidden_size % cleaning.heads:
+        yield f"`cleaning.hidden_size` is {cleaning.hidden_size}, expected a multiple of its {cleaning.heads} heads"
+    if cleaning.vocabulary_size < 300:
+        yield f"`cleaning.vocabulary_size` is {cleaning.vocabulary_size}, expected at least 300: 256 bytes and markers"
     if data.min_signals > data.max_signals:
         yield f"`data.min_signals` is {data.min_signals}, expected at most `max_signals`, {data.max_signals}"
     if prompt.min_queries > prompt.max_queries:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxnr.config import load_config
+from jaxnr.data.clean_events import open_history_cleaner
 from jaxnr.data.examples import Example, current_example
 from jaxnr.data.readers.events import read_event_file
 from jaxnr.errors import InputError
@@ -50,7 +51,8 @@ def generate(
     assert user_id is not None  # the command line asks for one of the two
     # Events in a file may be later than the log; all of them are what is known now.
     before = max(now, int(np.max(tables.events.column("timestamp").cast("int64"))) + 1)
-    example = current_example(tables, user_id, before, road.config.data.max_signals)._replace(timestamp=now)
+    clean = open_history_cleaner(road.config, road.out, road.mesh)
+    example = current_example(tables, user_id, before, road.config.data.max_signals, clean)._replace(timestamp=now)
     if catalogue is not None:
         road, latest = _over(road, catalogue)
         example = example._replace(timestamp=max(now, latest))

@@ -19,6 +19,7 @@ from jaxnr.baselines.news_log import NewsLog
 from jaxnr.baselines.ranking import encode_users
 from jaxnr.baselines.run import BASELINES, make_learner, trained_params
 from jaxnr.config import load_config
+from jaxnr.data.clean_events import open_history_cleaner
 from jaxnr.data.examples import histories, split_times
 from jaxnr.errors import InputError
 from jaxnr.evaluation.impressions import (
@@ -70,7 +71,7 @@ def impressions(run_dir: Path, methods: Sequence[str], at_most: int, predictions
     if not methods:
         methods = [name for name in available if name not in MODELS or name in _MODELS_BY_DEFAULT]
     t2 = split_times(road.tables, config.data)[1]
-    users, _ = histories(road.tables)
+    users, _ = histories(road.tables, open_history_cleaner(config, run_dir, road.mesh))
     logged = logged_impressions(
         road.tables, {user.user_id: user for user in users}, t2, config.data.max_signals, config.seed
     )

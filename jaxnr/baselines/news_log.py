@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxnr.config import Config
+from jaxnr.data.clean_events import open_history_cleaner
 from jaxnr.data.dataset import load as load_examples
 from jaxnr.data.examples import Example, User, histories, split_times
 from jaxnr.data.prepare import known_texts, read_embeddings
 from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.recall_paths import Catalogue
+from jaxnr.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class NewsLog:
         tables = Tables.load(run_dir / "data")
         t1, t2 = split_times(tables, config.data)
         train = list(load_examples(run_dir / "data" / "examples", "train"))
-        users, _ = histories(tables)
+        users, _ = histories(tables, open_history_cleaner(config, run_dir, make_mesh(config.mesh)))
         return cls(
             tables=tables,
             catalogue=Catalogue.of(tables.articles),

@@ -74,61 +74,87 @@ class CleaningReport:
 
 def clean_text(text: str) -> str | None:
     """The text with white space normalised and an overlong end cut off; None where it is refused."""
-    return _clean(text).text
+    return judge_text(text).text
 
 
 def refusal_reason(text: str) -> str | None:
     """Why ``clean_text`` gives None: empty, non_text or navigation; None where it keeps the text."""
-    return _clean(text).reason
+    return judge_text(text).reason
 
 
-def clean_histories(
-    users: Sequence, domains: Sequence[str], texts: Sequence[str]
-) -> tuple[list[str | None], CleaningReport]:
-    """Cleans the histories of many users, each contiguous and oldest first.
+class Outcome(NamedTuple):
+    """What became of one text: it, clean, or why it is dropped; and whether it lost its end."""
 
-    Beyond ``clean_text`` this drops a text that (nearly) repeats one of the user's last kept texts in the same domain.
-    The earlier one stays, so that a text never vanishes because of a later one. Returns the clean texts aligned with
-    the input, None where dropped, and the counts.
-    """
-    outcomes = {text: _clean(text) for text in set(texts)}
-    cleaned: list[str | None] = []
-    dropped: Counter[str] = Counter()
-    cut = 0
-    recent: dict[str, deque[frozenset[str]]] = {}
-    current = object()
-    for user, domain, text in zip(users, domains, texts, strict=True):
-        if user != current:
-            current, recent = user, {}
-        clean, reason, overlong = outcomes[text]
-        if clean is not None:
-            trigrams = _trigrams(clean)
-            before = recent.setdefault(domain, deque(maxlen=DUPLICATE_WINDOW))
-            if any(_similar(trigrams, other) for other in before):
-                reason, clean = "duplicate", None
-            else:
-                before.append(trigrams)
-                cut += overlong
-        if reason is not None:
-            dropped[reason] += 1
-        cleaned.append(clean)
-    kept = len(cleaned) - dropped.total()
-    return cleaned, CleaningReport(total=len(cleaned), kept=kept, cut=cut, dropped=dict(sorted(dropped.items())))
-
-
-class _Outcome(NamedTuple):
     text: str | None
     reason: str | None
     overlong: bool
 
 
-def _clean(text: str) -> _Outcome:
+class HistoryRules:
+    """The rules for one user's events, given oldest first.
+
+    Beyond ``clean_text`` this drops a text that (nearly) repeats one of the last kept texts in the same domain. The
+    earlier one stays, so that a text never vanishes because of a later one.
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[str, deque[frozenset[str]]] = {}
+
+    def __call__(self, domain: str, outcome: Outcome) -> Outcome:
+        """The outcome of a text alone, or that it is a duplicate."""
+        if outcome.text is None:
+            return outcome
+        trigrams = _trigrams(outcome.text)
+        before = self._recent.setdefault(domain, deque(maxlen=DUPLICATE_WINDOW))
+        if any(_similar(trigrams, other) for other in before):
+            return Outcome(None, "duplicate", False)
+        before.append(trigrams)
+        return outcome
+
+
+def clean_histories(
+    users: Sequence, domains: Sequence[str], texts: Sequence[str], rules: bool = True
+) -> tuple[list[str | None], CleaningReport]:
+    """Cleans the histories of many users, each contiguous and oldest first, by ``HistoryRules``.
+
+    Without ``rules`` only a blank text is dropped. Returns the clean texts aligned with the input, None where dropped,
+    and the counts.
+    """
+    judge = judge_text if rules else normalise_text
+    outcomes = {text: judge(text) for text in set(texts)}
+    cleaned: list[str | None] = []
+    dropped: Counter[str] = Counter()
+    cut = 0
+    history = HistoryRules()
+    current = object()
+    for user, domain, text in zip(users, domains, texts, strict=True):
+        if user != current:
+            current, history = user, HistoryRules()
+        outcome = history(domain, outcomes[text]) if rules else outcomes[text]
+        cut += outcome.overlong
+        if outcome.reason is not None:
+            dropped[outcome.reason] += 1
+        cleaned.append(outcome.text)
+    kept = len(cleaned) - dropped.total()
+    return cleaned, CleaningReport(total=len(cleaned), kept=kept, cut=cut, dropped=dict(sorted(dropped.items())))
+
+
+def judge_text(text: str) -> Outcome:
+    """What the rules make of one text by itself."""
     text = _normalise(text)
     reason = _refusal(text)
-    if reason:
-        return _Outcome(None, reason, False)
+    return Outcome(None, reason, False) if reason else _shortened(text)
+
+
+def normalise_text(text: str) -> Outcome:
+    """The text with white space normalised and an overlong end cut off; dropped only where it is blank."""
+    text = _normalise(text)
+    return _shortened(text) if text else Outcome(None, "empty", False)
+
+
+def _shortened(text: str) -> Outcome:
     short = _cut(text)
-    return _Outcome(short, None, len(short) < len(text))
+    return Outcome(short, None, len(short) < len(text))
 
 
 def _normalise(text: str) -> str:

@@ -7,6 +7,7 @@ a user happened strictly before its request.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 
 DAY = 86_400
+Clean = Callable[[Sequence, Sequence[str], Sequence[str]], tuple[list[str | None], CleaningReport]]
+"""(users, domains, texts) as ``clean_histories`` takes and returns them."""
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -116,13 +119,13 @@ def split_times(tables: Tables, cfg: DataConfig) -> tuple[int, int]:
     return t2 - round(cfg.valid_days * DAY), t2
 
 
-def build_examples(tables: Tables, cfg: DataConfig, seed: int) -> ExampleSplits:
+def build_examples(tables: Tables, cfg: DataConfig, seed: int, clean: Clean = clean_histories) -> ExampleSplits:
     """Training prompts and one validation and test request a user; the same seed gives the same examples.
 
     A click is a news event on an article of the catalogue. Raises InputError where a split comes out empty.
     """
     t1, t2 = split_times(tables, cfg)
-    users, cleaning = histories(tables)
+    users, cleaning = histories(tables, clean)
     catalogue = _catalogue(tables.articles)
     rng = np.random.default_rng(seed)
     skipped: dict[str, int] = {}
@@ -155,7 +158,9 @@ def build_examples(tables: Tables, cfg: DataConfig, seed: int) -> ExampleSplits:
     )
 
 
-def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: int) -> Example:
+def current_example(
+    tables: Tables, user_id: str, timestamp: int, max_signals: int, clean: Clean = clean_histories
+) -> Example:
     """What is known of one user strictly before ``timestamp``, as an example without relevant articles.
 
     Raises InputError where the log does not have the user, or no clean signal of that user.
@@ -163,7 +168,7 @@ def current_example(tables: Tables, user_id: str, timestamp: int, max_signals: i
     events = tables.events.filter(pc.field("user_id") == user_id)
     if events.num_rows == 0:
         raise InputError(f"There is no event of user {user_id!r} in the log.")
-    users, _ = histories(dataclasses.replace(tables, events=events))
+    users, _ = histories(dataclasses.replace(tables, events=events), clean)
     example = next(example_at(user, timestamp, max_signals) for user in users if user.user_id == user_id)
     if not example.signals:
         raise InputError(f"None of the {events.num_rows} events of user {user_id!r} is a clean signal to write from.")
@@ -266,7 +271,7 @@ def _draw(
     return [examples[i] for i in np.sort(rng.choice(len(examples), count, replace=False))]
 
 
-def histories(tables: Tables) -> tuple[list[User], CleaningReport]:
+def histories(tables: Tables, clean: Clean = clean_histories) -> tuple[list[User], CleaningReport]:
     """Every user's history, users in the order of their ids. Each column is sorted and cut once for all users."""
     users_of_events = tables.events.column("user_id").to_pylist()
     user_ids = sorted(set(users_of_events))
@@ -284,8 +289,8 @@ def histories(tables: Tables) -> tuple[list[User], CleaningReport]:
         titles[row] if row >= 0 and not text.strip() else text
         for text, row in zip(events.column("text").to_pylist(), rows, strict=True)
     ]
-    clean, cleaning = clean_histories(user_of.tolist(), domains, texts)
-    kept = np.array([text is not None for text in clean], dtype=bool)
+    cleaned, cleaning = clean(user_of.tolist(), domains, texts)
+    kept = np.array([text is not None for text in cleaned], dtype=bool)
     in_news = np.array([domain == "news" for domain in domains], dtype=bool)
     request_user, request_times = _request_times(tables.requests, user_ids, user_of[in_news], times[in_news])
     bounds = np.searchsorted(user_of, np.arange(len(user_ids) + 1))
@@ -297,7 +302,7 @@ def histories(tables: Tables) -> tuple[list[User], CleaningReport]:
         click_rows = start + np.flatnonzero(in_news[start:stop] & (rows[start:stop] >= 0))
         user = User(
             user_id=user_id,
-            signals=[Signal(int(times[j]), domains[j], clean[j] or "", item_ids[j]) for j in signal_rows],
+            signals=[Signal(int(times[j]), domains[j], cleaned[j] or "", item_ids[j]) for j in signal_rows],
             signal_times=times[signal_rows],
             event_times=times[start:stop],
             clicks=[item_ids[j] for j in click_rows],

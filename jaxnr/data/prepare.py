@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from jaxnr.config import Config, PromptConfig
+from jaxnr.data.clean_events import prepare_cleaner
 from jaxnr.data.dataset import prepare as write_examples
 from jaxnr.data.examples import Example, ExampleSplits, build_examples, split_times
 from jaxnr.data.pipeline import check_batches
@@ -53,14 +54,14 @@ def prepare_data(config: Config, out: Path) -> None:
     tokenizer = _pretrained_tokenizer(config, out / "tokenizer")  # first, as it takes no time to find out
     tables, reader = _tables(config, out)
     tables.save(out / "data")
-    splits = build_examples(tables, config.data, config.seed)
+    t1, t2 = split_times(tables, config.data)
+    splits = build_examples(tables, config.data, config.seed, prepare_cleaner(config, tables, out, t1))
     sizes = {
         f"{section}.prompts_per_step": getattr(config, section).prompts_per_step
         for section in ("warm_start", "grpo", "supervised", "distill")
     }
     check_batches(len(splits.train), sizes)
     write_examples(splits, out / "data" / "examples")
-    t1, t2 = split_times(tables, config.data)
     texts = known_texts(tables, splits.train, t1)
     terms = TermStatistics.fit(texts)
     terms.save(out / "retrieval" / "signal_terms.json")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxnr.errors import InputError
@@ -41,25 +41,43 @@ PIECES = 256
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE and saves it in the Hugging Face layout; returns it as loaded from there.
 
-    Beyond the bytes and up to ``PIECES`` merges the vocabulary is whole words, the most frequent first; they need no
-    merges (as in Llama 3's tokenizer). BPE alone spends half of a small vocabulary on the parts of its words.
-
-    The same texts give the same tokenizer. A small corpus may give fewer tokens than asked for. Every string round
-    trips but for its case and a blank after an opening quote: bytes never seen in training are tokens of their own.
-    Raises InputError where the vocabulary has no room for the 256 bytes and the special tokens.
+    Every string round trips but for its case and a blank after an opening quote: bytes never seen in training are
+    tokens of their own. Raises InputError where the vocabulary has no room for the 256 bytes and the special tokens.
     """
-    specials = [AddedToken(name, special=True, normalized=False) for name in (PAD, START, END)]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    least = len(alphabet) + len(specials)
+    least = 256 + len((PAD, START, END))
     if vocabulary_size < least:
         raise InputError(
             f"prompt.vocabulary_size is {vocabulary_size}: a byte-level tokenizer needs at least {least}, the 256 "
-            f"bytes and {len(specials)} special tokens."
+            f"bytes and {least - 256} special tokens."
         )
+    _save(
+        PreTrainedTokenizerFast(
+            tokenizer_object=train_byte_level(texts, vocabulary_size, (PAD, START, END)),
+            pad_token=PAD,
+            eos_token=END,
+            additional_special_tokens=[START],
+            chat_template=CHAT_TEMPLATE,
+            clean_up_tokenization_spaces=False,
+        ),
+        folder,
+    )
+    return load_tokenizer(folder)
+
+
+def train_byte_level(texts: Iterable[str], vocabulary_size: int, special_names: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE over ``texts``, its special tokens first.
+
+    Beyond the bytes and up to ``PIECES`` merges the vocabulary is whole words, the most frequent first; they need no
+    merges (as in Llama 3's tokenizer). BPE alone spends half of a small vocabulary on the parts of its words.
+
+    The same texts give the same tokenizer. A small corpus may give fewer tokens than asked for.
+    """
+    specials = [AddedToken(name, special=True, normalized=False) for name in special_names]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     texts = list(texts)
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=min(vocabulary_size, least + PIECES),
+        vocab_size=min(vocabulary_size, len(alphabet) + len(specials) + PIECES),
         special_tokens=specials,
         initial_alphabet=alphabet,
         show_progress=False,
@@ -74,18 +92,21 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) ->
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     tokenizer.add_special_tokens(specials)
-    _save(
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token=PAD,
-            eos_token=END,
-            additional_special_tokens=[START],
-            chat_template=CHAT_TEMPLATE,
-            clean_up_tokenization_spaces=False,
-        ),
-        folder,
-    )
-    return load_tokenizer(folder)
+    return tokenizer
+
+
+def train_pair_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """A byte-level BPE with RoBERTa's special tokens, which reads one text or a pair: `<s>a</s></s>b</s>`.
+
+    Saved in the Hugging Face layout and returned as loaded from there.
+    """
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the numbers of RoBERTa's vocabulary, but for the mask
+    tokenizer = train_byte_level(texts, vocabulary_size, names)
+    start, _, end, *_ = names
+    tokenizer.post_processor = processors.RobertaProcessing((end, 2), (start, 0), trim_offsets=False)
+    special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), names, strict=True))
+    _save(PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token=start, sep_token=end, **special), folder)
+    return read_tokenizer(folder)
 
 
 def _frequent_words(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:

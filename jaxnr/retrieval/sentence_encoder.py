@@ -77,7 +77,7 @@ class SentenceEncoder:
             return vectors_NE
         token_ids = dict(zip(rows, self._tokenize([texts[row] for row in rows]), strict=True))
         encoded = []
-        for length, batch in _batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
+        for length, batch in length_batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
             count = batch_size(len(batch), length)
             tokens_BS = np.zeros((count + -count % self._ways, length), np.int32)
             mask_BS = np.zeros(tokens_BS.shape, bool)
@@ -98,7 +98,7 @@ class SentenceEncoder:
         return [ids if ids[-1:] == end else [*ids, *end] for ids in encoded]
 
 
-def _batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:
+def length_batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:
     """(padded length, rows) of each batch: every row under the least bucket that holds its own length."""
     buckets: dict[int, list[int]] = {}
     for row, length in sorted(lengths.items(), key=lambda item: item[1]):

@@ -8,9 +8,10 @@ Optional fields may be missing or null; fields that the schema does not know are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -61,6 +62,41 @@ def read_event_file(path: Path) -> pa.Table:
     if not events.num_rows:
         raise InputError(f"{path}: there is no event in it. {report.summary()}")
     return events
+
+
+def stream_events(path: Path, report: ReadReport) -> Iterator[Event]:
+    """The events of one file, row by row.
+
+    Raises InputError for a missing or damaged file, and too many refused rows.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; expected events as {', '.join(_SUFFIXES)}.")
+    yield from cast(Iterator[Event], _records(path, EVENTS, event_of, report))
+
+
+def read_labels(path: Path) -> dict[tuple[str, int, str], deque[str]]:
+    """(user, time, stream) to the labels of those events, in the order of the file, in small letters.
+
+    Reads the columns `user_id`, `timestamp`, `domain` and `label`; a row without a label is passed over. Raises
+    InputError naming the row that is not so.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file of labels; expected {', '.join(_SUFFIXES)}.")
+    labels: dict[tuple[str, int, str], deque[str]] = {}
+    for line, values in _rows(path, _LABELS, _LABELS):
+        try:
+            if isinstance(values, Refused):
+                raise values
+            if values.get("label") is not None:
+                row = Fields(values)
+                key = (row.identifier("user_id"), row.time("timestamp"), row.text("domain"))
+                labels.setdefault(key, deque()).append(str(values["label"]).lower())
+        except Refused as refused:
+            raise InputError(f"{path}:{line}: {refused.reason}; expected user_id, timestamp, domain, label.") from None
+    return labels
+
+
+_LABELS = ("user_id", "timestamp", "domain", "label")
 
 
 def read_article_file(path: Path) -> pa.Table:
@@ -139,17 +175,22 @@ def _files(folder: Path, name: str) -> list[Path]:
     return found
 
 
+def _rows(
+    path: Path, columns: Sequence[str], required: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """Numbered rows of a Parquet file, or of one with JSON lines, whose columns are seen to row by row."""
+    if path.suffix == ".parquet":
+        return numbered_rows(parquet_batches(path, columns, required))
+    return _json_rows(path)
+
+
 def _records(
     path: Path, schema: pa.Schema, convert: Callable[[Fields], Record], report: ReadReport
 ) -> Iterator[Record]:
     required = [field.name for field in schema if not field.nullable and field.name not in _HAS_DEFAULT]
-    if path.suffix == ".parquet":
-        lines = numbered_rows(parquet_batches(path, schema.names, required))
-    else:
-        lines = _json_rows(path)
     article_ids: set[str] = set()
     with report.rows_of(path) as rows:
-        for line, values in lines:
+        for line, values in _rows(path, schema.names, required):
             try:
                 if isinstance(values, Refused):
                     raise values
