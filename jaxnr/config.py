@@ -337,7 +337,7 @@ class DistillConfig:
     near 1 like KL(student ‖ teacher), and its size shrinks at both ends."""
     prefix_tokens: int = 0
     """Only the first so many tokens of each list count; 0 for all."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_steps=5, weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
