@@ -206,11 +206,11 @@ class Reproduce:
 
     table: Annotated[
         tyro.conf.Positional[
-            Literal["offline", "rewards", "distillation", "capacity", "sampling", "efficiency", "all"]
+            Literal["offline", "rewards", "distillation", "capacity", "sampling", "efficiency", "cleaning", "all"]
         ],
         tyro.conf.arg(metavar="TABLE"),
     ]
-    """offline, rewards, distillation, capacity, sampling, efficiency, or all of them."""
+    """offline, rewards, distillation, capacity, sampling, efficiency, cleaning, or all of them."""
     config_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(name="CONFIG", metavar="CONFIG")]
     """TOML file with the settings; what it leaves out keeps the default shown here."""
     out: Path | None = None

@@ -101,6 +101,35 @@ def _sized(config: Config, size: str):
     )
 
 
+CLEANING = {
+    "no_cleaning": {"rules": False, "classifier": "none"},
+    "rules": {"rules": True, "classifier": "none"},
+    "rules_and_roberta": {"rules": True, "classifier": "roberta"},
+}
+"""What cleans the events, by the name of the run."""
+
+
+def cleaning_name(config: Config, cleaning: str) -> str:
+    """Name of the run under one of ``CLEANING``: the base run, where it is cleaned so."""
+    return BASE if _cleaned(config, cleaning).cleaning == config.cleaning else cleaning
+
+
+def cleanings(config: Config) -> Iterator[Condition]:
+    """Teachers on the same log, cleaned in other ways from the start."""
+    for cleaning in CLEANING:
+        if cleaning_name(config, cleaning) != BASE:
+            changed = _teacher_alone(_cleaned(config, cleaning))
+            yield Condition(cleaning, changed, (), ("data", "sft", "grpo", "evaluate"))
+
+
+def _cleaned(config: Config, cleaning: str) -> Config:
+    # A classifier that the config names, by its folder for instance, is the one that is compared.
+    changes = dict(CLEANING[cleaning])
+    if changes["classifier"] != "none" and config.cleaning.classifier != "none":
+        changes["classifier"] = config.cleaning.classifier
+    return dataclasses.replace(config, cleaning=dataclasses.replace(config.cleaning, **changes))
+
+
 def _teacher_alone(config: Config, **changes) -> Config:
     """Without the second teacher, and with no more lists a user than any other model has."""
     return dataclasses.replace(

@@ -14,7 +14,7 @@ from jaxnr.baselines.run import run_baseline
 from jaxnr.config import Config
 from jaxnr.errors import InputError
 from jaxnr.files import write_text
-from jaxnr.reproduce.conditions import Condition, base, best_of_many, capacities, carry_out, reward_ablations
+from jaxnr.reproduce.conditions import Condition, base, best_of_many, capacities, carry_out, cleanings, reward_ablations
 from jaxnr.reproduce.output import as_markdown, write_table
 from jaxnr.reproduce.tables import BASELINES, TABLES, Runs
 
@@ -28,7 +28,7 @@ def reproduce(names: Sequence[str], config: Config, seeds: Sequence[int], sizes:
     _check(seeds, sizes)
     list(capacities(config, sizes))  # says what is wrong with a size before hours of runs
     console = Console()
-    runs = Runs(out, seeds, config.data.format != "synthetic", sizes)
+    runs = Runs(out, config, seeds, sizes)
     facts = {
         "seeds": ", ".join(map(str, seeds)),
         "settings tried for each baseline": config.baselines.trials,
@@ -63,6 +63,8 @@ def needed(table: str, config: Config, sizes: Sequence[str]) -> Iterator[Conditi
         yield best_of_many(config)
     elif table in ("capacity", "efficiency"):
         yield from capacities(config, sizes)
+    elif table == "cleaning":
+        yield from cleanings(config)
 
 
 def _train_baselines(run: Path, console: Console) -> None:

@@ -8,12 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxnr.config import Config
 from jaxnr.errors import InputError
 from jaxnr.evaluation import paper
 from jaxnr.evaluation.metrics import METRICS
 from jaxnr.evaluation.report import LABELS, METRIC_LABELS
 from jaxnr.files import read_json
-from jaxnr.reproduce.conditions import BASE, BEST_OF, size_name, without
+from jaxnr.reproduce.conditions import BASE, BEST_OF, CLEANING, cleaning_name, size_name, without
 from jaxnr.reproduce.pooling import PerUser, Pooled, paired_tests, pool
 from jaxnr.rewards.composite import REWARDS
 from jaxnr.training.metrics import read_metrics
@@ -64,9 +65,9 @@ class Runs(NamedTuple):
     """The finished runs of all seeds."""
 
     folder: Path
+    config: Config
+    """Of the base runs, but for the seed."""
     seeds: Sequence[int]
-    same_users: bool
-    """Whether the seeds have one log, and so its users, in common."""
     sizes: Sequence[str]
     """Of the capacity study, smallest first."""
 
@@ -75,7 +76,7 @@ class Runs(NamedTuple):
 
     def pooled(self, condition: str, read: Callable[[Path], PerUser], metrics: Sequence[str] = PAIR) -> Pooled:
         by_seed = {seed: read(self.run(seed, condition)) for seed in self.seeds}
-        return pool(by_seed, metrics, self.same_users)
+        return pool(by_seed, metrics, same_users=self.config.data.format != "synthetic")
 
     def results(self, condition: str = BASE) -> list[dict]:
         """results.json of each seed."""
@@ -217,6 +218,16 @@ def efficiency(runs: Runs) -> Table:
     return Table("efficiency", "Efficiency", {"users/s": label}, rows, [finding], [])
 
 
+def cleaning(runs: Runs) -> Table:
+    """The teacher on events that were cleaned in three ways, on the test users that all three left."""
+    methods = {
+        name: runs.pooled(cleaning_name(runs.config, name), of_method("teacher")) for name in CLEANING
+    }
+    labels = {"no_cleaning": "no cleaning", "rules": "rules", "rules_and_roberta": "rules and RoBERTa"}
+    pairs = [(cleaner, less) for less, cleaner in pairwise(CLEANING)]
+    return _ranking_table("cleaning", "Cleaning the events, RL teachers", PAIR, methods, labels, {}, pairs)
+
+
 TABLES: Mapping[str, Callable[[Runs], Table]] = {
     "offline": offline,
     "rewards": rewards,
@@ -224,6 +235,7 @@ TABLES: Mapping[str, Callable[[Runs], Table]] = {
     "capacity": capacity,
     "sampling": sampling,
     "efficiency": efficiency,
+    "cleaning": cleaning,
 }
 
 

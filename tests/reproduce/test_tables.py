@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxnr.config import Config
 from jaxnr.errors import InputError
 from jaxnr.evaluation import paper
 from jaxnr.evaluation.metrics import METRICS
@@ -64,10 +65,12 @@ def runs(tmp_path):
             ]
             level = 0.2 if reward == "coverage" else 0.4
             write_run(home / f"without_{reward}", {"teacher": level}, seed=seed, validated=validated)
+        write_run(home / "no_cleaning", {"teacher": 0.3}, seed=seed)
+        write_run(home / "rules_and_roberta", {"teacher": 0.52}, seed=seed)
         write_run(home / "best_of_32", {"teacher": 0.5}, best=BEST_OF, seed=seed)
         write_run(home / "teacher_0.5", {"teacher": 0.45}, seed=seed, parameters=400)
         write_run(home / "teacher_2", {"teacher": 0.42}, seed=seed, parameters=2_500_000, speeds=(0.5, 40.0))
-    return Runs(tmp_path, (0, 1), False, ("0.5", "1", "2"))
+    return Runs(tmp_path, Config(), (0, 1), ("0.5", "1", "2"))
 
 
 def holds(table):
@@ -117,6 +120,10 @@ def test_best_of_n_has_the_papers_numbers_of_lists(runs):
     table = TABLES["sampling"](runs)
     assert [row.paper["recall@10"] for row in table.rows] == [recall for recall, _ in paper.SAMPLING.values()]
     assert list(holds(table).values()) == ["yes"] * 5
+
+
+def test_cleaning_compares_each_way_with_the_one_that_does_less(runs):
+    assert holds(TABLES["cleaning"](runs)) == {"rules above no cleaning": "yes", "rules and RoBERTa above rules": "yes"}
 
 
 def test_efficiency_is_of_the_largest_teacher(runs):
