@@ -220,9 +220,7 @@ def efficiency(runs: Runs) -> Table:
 
 def cleaning(runs: Runs) -> Table:
     """The teacher on events that were cleaned in three ways, on the test users that all three left."""
-    methods = {
-        name: runs.pooled(cleaning_name(runs.config, name), of_method("teacher")) for name in CLEANING
-    }
+    methods = {name: runs.pooled(cleaning_name(runs.config, name), of_method("teacher")) for name in CLEANING}
     labels = {"no_cleaning": "no cleaning", "rules": "rules", "rules_and_roberta": "rules and RoBERTa"}
     pairs = [(cleaner, less) for less, cleaner in pairwise(CLEANING)]
     return _ranking_table("cleaning", "Cleaning the events, RL teachers", PAIR, methods, labels, {}, pairs)

@@ -11,12 +11,14 @@ from tiny_run import CONFIG, finished_run, tiny_surroundings
 import jaxnr.reproduce.run
 from jaxnr.config import (
     BaselinesConfig,
+    CleaningConfig,
     GruConfig,
     HstuConfig,
     NrhubConfig,
     PinsageConfig,
     SasrecConfig,
     load_config,
+    save_config,
 )
 from jaxnr.errors import InputError
 from jaxnr.reproduce.conditions import best_of_many, capacities, carry_out, reward_ablations
@@ -101,9 +103,11 @@ def test_seeds_that_make_no_sense_are_refused(seeds, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_tables_over_two_seeds(tmp_path, surroundings, monkeypatch):
+def test_all_tables(seed_dir, monkeypatch):
+    out = seed_dir.parent
     config = dataclasses.replace(
         CONFIG,
+        cleaning=CleaningConfig(hidden_size=16, layers=1, heads=2, vocabulary_size=600, epochs=1),
         baselines=BaselinesConfig(
             trials=1,
             gru=GruConfig(size=8, batch=16, negatives=16, epochs=1, length=10),
@@ -113,18 +117,22 @@ def test_all_tables_over_two_seeds(tmp_path, surroundings, monkeypatch):
             pinsage=PinsageConfig(size=8, neighbours=3, walks=20, batch=64, negatives=8, epochs=1),
         ),
     )
+    save_config(config, seed_dir / "base" / "config.toml")  # nothing that the finished run has done depends on these
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # the other tests of this process compile the same programs
-    reproduce(list(TABLES), config, (0, 1), ("0.5", "1"), tmp_path)
-    done = files(tmp_path)
-    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+    reproduce(list(TABLES), config, (0,), ("0.5", "1"), out)
+    done = files(out)
+    assert {path.name for path in (out / "tables").iterdir()} == {
         f"{name}.{form}" for name in TABLES for form in ("json", "csv", "md", "svg")
     }
-    assert (tmp_path / "tables.md").read_text().count("###") == len(TABLES)
-    for reward in REWARDS:
-        assert (tmp_path / "seed1" / f"without_{reward}" / "report.html").exists()
+    assert (out / "tables.md").read_text().count("###") == len(TABLES)
+    for run in (*(f"without_{reward}" for reward in REWARDS), "no_cleaning", "rules_and_roberta", "teacher_0.5"):
+        assert (seed_dir / run / "report.html").exists()
+    assert {"roberta", "tfidf_logistic_regression"} <= json.loads(
+        (seed_dir / "rules_and_roberta" / "cleaning" / "report.json").read_text()
+    ).keys()
 
     monkeypatch.setattr(jaxnr.reproduce.run, "run_baseline", None)
-    reproduce(list(TABLES), config, (0, 1), ("0.5", "1"), tmp_path)
-    again = files(tmp_path)
+    reproduce(list(TABLES), config, (0,), ("0.5", "1"), out)
+    again = files(out)
     written = {path for path in done if path.parent.name == "tables" or path.name == "tables.md"}
     assert {path for path in done if again[path] != done[path]} <= written
