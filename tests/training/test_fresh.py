@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY, random_params, tiny_decoder
+from tiny import TINY, quick, random_params, tiny_decoder
 
 from jaxnr.models.decoder import Decoder, head_VD, init_params, rotate
 from jaxnr.prompting.tokenizer import train_tokenizer
@@ -121,11 +121,15 @@ def next_logits(tokenizer, texts):
     model, params = Decoder(config), fresh_params(Decoder(config), tokenizer, texts, seed=0)
     label, end = tokenizer("\nsearch:")["input_ids"], tokenizer('","')["input_ids"][-1]
 
+    @quick
+    @jax.jit
+    def last_logits(tokens_BS):
+        hidden_BSD = model.apply({"params": params}, tokens_BS, jnp.ones_like(tokens_BS, bool))
+        return hidden_BSD[0, -1] @ head_VD(params).T
+
     def logits_after(lines, query, begun=()) -> np.ndarray:
         prompt = np.concatenate([np.concatenate([label, line]) for line in lines])
-        tokens = np.concatenate([prompt, query, [end], begun]).astype(int)[None]
-        hidden_BSD = model.apply({"params": params}, tokens, np.ones_like(tokens, bool))
-        return np.asarray(hidden_BSD[0, -1] @ head_VD(params).T)
+        return np.asarray(last_logits(np.concatenate([prompt, query, [end], begun]).astype(np.int32)[None]))
 
     return logits_after
 

@@ -1,6 +1,7 @@
 """The generated world as the neutral tables, and its planted truth as tables of their own.
 
-The truth is for tests and for reading about what happened: no reward and no prompt reads it.
+The truth is for tests, for reading about what happened, and for the labels of a classifier of events that is asked to
+learn from them (``cleaning.labels``): no reward and no prompt reads it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """The tables that everything reads, and the truth that nothing learns from."""
+    """The tables that everything reads, and the truth beside them."""
 
     tables: Tables
     truth: Truth
