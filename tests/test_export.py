@@ -65,6 +65,7 @@ def test_a_folder_that_is_there_is_not_overwritten(run, tmp_path):
         export(run, "teacher", tmp_path)
 
 
+@pytest.mark.slow
 def test_pretrained_models_of_other_embedding_sizes_walk_the_road_without_a_warm_start(run, pair, tmp_path):
     teacher = dataclasses.replace(CONFIG.teacher, path=str(pair / "teacher"), lora_rank=2)
     config = dataclasses.replace(

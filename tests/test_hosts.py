@@ -101,6 +101,7 @@ def final_state(out: Path, stage: str, config: Config):
     return jax.tree.map(np.asarray, restored)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_checkpoint_of_one_and_give_its_numbers(run, tmp_path):
     """From the middle of Dr.GRPO, with its optimizer state and place in the data, to the end of distillation.
 

@@ -8,13 +8,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -94,8 +93,8 @@ class TfidfSvdEmbedder:
         # A term seen once says nothing about what it goes with; a small corpus cannot do without such terms.
         vectorizer = _tfidf(min_df=2 if len(texts) >= 2000 else 1)
         try:
-            weights_NV = cast(csr_matrix, vectorizer.fit_transform(texts))
-            svd = TruncatedSVD(min(size, *weights_NV.shape), random_state=seed).fit(weights_NV)
+            weights_NV = vectorizer.fit_transform(texts)
+            svd = TruncatedSVD(min(size, len(texts), len(vectorizer.vocabulary_)), random_state=seed).fit(weights_NV)
         except ValueError as error:
             raise InputError(
                 f"embedder: the {len(texts)} texts it is to be fitted to have too few terms to learn from ({error}); "

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from planted import fitted
 
 from jaxnr.baselines import nrhub
@@ -43,6 +44,7 @@ def readers(count, seed, news_only=False):
     return streams, rows, topics
 
 
+@pytest.mark.slow
 def test_interests_that_only_searches_and_pages_tell_are_learned():
     def share(news_only):
         streams, rows, _ = readers(256, 0, news_only)

@@ -75,6 +75,7 @@ def test_a_log_by_time_is_cleaned_as_histories_are():
         list(pass_rules(events[::-1], True, 2))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_once_and_drops_what_the_rules_leave(tmp_path, monkeypatch):
     path = write(tmp_path / "events.jsonl", log(80))
     cleaning = dataclasses.replace(SMALL, classifier="roberta", labels=str(path), strangers=0.0, epochs=20)
