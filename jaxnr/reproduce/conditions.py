@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from jaxnr.claim import claim
-from jaxnr.config import Config
+from jaxnr.config import Config, ModelConfig
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError
 from jaxnr.rewards.composite import REWARDS
@@ -80,7 +80,8 @@ def capacities(config: Config, sizes: Sequence[str]) -> Iterator[Condition]:
         yield Condition(size_name(size), changed, (*_DATA, *_WARM_STARTED_STUDENT), ("sft", "grpo", "evaluate"))
 
 
-def _sized(config: Config, size: str):
+def _sized(config: Config, size: str) -> ModelConfig:
+    """The teacher in another size. Raises InputError for a factor that makes no sense."""
     try:
         factor = float(size)
     except ValueError:
