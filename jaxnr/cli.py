@@ -5,11 +5,13 @@ Nothing here imports jax before a command runs, so that ``--help`` and a misspel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -182,7 +184,7 @@ class Baseline:
             _require_run(self.run_dir)
         elif self.trials is not None:
             raise InputError("--movielens has no validation users to choose by; expected no --trials beside it.")
-        try:
+        with _goes_on_by_itself():
             if self.movielens is None:
                 from jaxnr.baselines.run import run_baseline
 
@@ -191,9 +193,6 @@ class Baseline:
                 from jaxnr.baselines.movielens import run_movielens
 
                 run_movielens(self.name, self.movielens, self.run_dir, "stable" if self.stable_sort else "quicksort")
-        except KeyboardInterrupt:
-            print("jaxnr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,11 +228,8 @@ class Reproduce:
 
         out = self.out or Path("runs") / f"reproduce-{self.config_file.stem}"
         names = list(TABLES) if self.table == "all" else [self.table]
-        try:
+        with _goes_on_by_itself():
             reproduce(names, self.config, self.seeds, self.sizes, out)
-        except KeyboardInterrupt:
-            print("jaxnr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -517,6 +513,19 @@ def _walk(config: Config, out: Path, stages: tuple[str, ...], resume: bool, dist
         if fresh and not (out / "done" / "data.json").exists():
             shutil.rmtree(out)
         raise
+
+
+@contextlib.contextmanager
+def _goes_on_by_itself() -> Iterator[None]:
+    """Says of a command that is stopped that it goes on without `--resume`; exits as ``main`` does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("jaxnr: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except Preempted as notice:
+        print(f"jaxnr: {notice}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _require_run(run_dir: Path) -> None:

@@ -245,3 +245,17 @@ def test_options_of_baseline_that_say_nothing_are_refused(baselines, tmp_path, o
     with pytest.raises(InputError, match=says):
         call("baseline", "gru", tmp_path, *options)
     assert baselines == []
+
+
+def test_a_command_without_resume_says_that_it_goes_on_as_it_is(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise Preempted("stopped by SIGTERM after step 3 of 5 of grpo, which is saved")
+
+    monkeypatch.setattr("jaxnr.reproduce.run.reproduce", stopped)
+    config = tmp_path / "config.toml"
+    config.write_text("")
+    monkeypatch.setattr("sys.argv", ["jaxnr", "reproduce", "offline", str(config), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 143
+    assert "which is saved; the same command goes on\n" in capsys.readouterr().err
