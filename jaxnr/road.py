@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ from jaxnr.training.steps import (
     make_sft_step,
 )
 from jaxnr.training.targets import Target, place_targets, warm_start_batches
+
+logger = logging.getLogger(__name__)
 
 UNIFORM = RewardConfig(align=1.0, coverage=1.0, specificity=1.0, diversity=1.0, structure=1.0)
 """The paper's weights."""
@@ -136,22 +139,24 @@ class Road:
         return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
-        """The parameters that a training stage ended with.
+        """The parameters that a training stage ended with; of one that was stopped, with a warning, its latest.
 
         Raises InputError, naming the stage's command, where it has none or their checkpoint is damaged.
         """
+        command = f"jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}"
         if not self.has_trained(stage):
             raise InputError(
-                f"{self.out}: there is no model of the training stage {stage} yet; "
-                f"`jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}` has to run first."
+                f"{self.out}: there is no model of the training stage {stage} yet; `{command}` has to run first."
             )
         params = jax.eval_shape(lambda: init_params(policy.model, jax.random.key(0)))
         with Checkpoints(self.out / "checkpoints" / stage) as checkpoints:
+            if is_first() and not (self.out / "done" / f"{_STAGE_OF[stage]}.json").exists():
+                stopped = "%s: %s was stopped, and its model is the one after step %d; `%s --resume` goes on with it."
+                logger.warning(stopped, self.out, stage, checkpoints.latest_step(), command)
             try:
                 return checkpoints.restore_params(abstract_on(params, self.mesh))
             except DamagedCheckpoint as error:
-                again = f"`jaxnr {_STAGE_OF[stage]} CONFIG --out {self.out}`"
-                raise InputError(f"{error} {again} trains again from the checkpoint before.") from None
+                raise InputError(f"{error} `{command}` trains again from the checkpoint before.") from None
 
     def roll_out(
         self, policy: Policy, params: dict, examples: Sequence[Example], samples: int, temperature: float, step: int

@@ -287,6 +287,18 @@ def test_a_stage_that_is_too_early_names_the_one_to_run_first(copy, surroundings
     assert set(copy.rglob("*")) <= set(before)  # no empty folder of checkpoints
 
 
+def test_a_model_of_a_stage_that_was_stopped_is_taken_with_a_warning(copy, surroundings, caplog):
+    road = Road.open(CONFIG, copy)
+    teacher = road.policy("teacher")
+    road.trained_params(teacher, "grpo")
+    assert not caplog.messages
+    (copy / "done" / "grpo.json").unlink()
+    road.trained_params(teacher, "grpo")
+    (message,) = caplog.messages
+    assert f"the one after step {CONFIG.grpo.steps}" in message
+    assert f"`jaxnr grpo CONFIG --out {copy} --resume`" in message
+
+
 def test_what_has_no_value_is_null_in_the_results(copy, surroundings, monkeypatch):
     remove_training(copy, "warm_start_student", "grpo", "grpo_uniform", "supervised", "distill")
     nothing = {"diversity": float("nan"), "age_hours": float("nan")}
