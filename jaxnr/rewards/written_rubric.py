@@ -66,7 +66,8 @@ class WritingJudge:
 
     def __call__(self, lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Criterion]]) -> np.ndarray:
         """See ``Judge``. Raises InputError where too many replies are no question."""
-        messages = {criterion: message_of(criterion) for asked in criteria for criterion in asked if criterion.signals}
+        of_facets = {criterion for asked in criteria for criterion in asked if criterion.signals}
+        messages = {criterion: message_of(criterion) for criterion in of_facets}
         self._learn(sorted(set(messages.values()) - self._questions.keys()))
         worded = {
             criterion: criterion._replace(question=self._questions[message] or criterion.question)
