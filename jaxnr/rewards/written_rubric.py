@@ -54,7 +54,7 @@ class WritingJudge:
     Args:
         judge: writes and answers.
         model: its name.
-        path: SQLite file of the questions. Without a write-ahead log: several hosts may share it.
+        path: SQLite file of the questions. Without a write-ahead log, which one host alone can use.
         max_refused_share: of the questions so far.
     """
 
