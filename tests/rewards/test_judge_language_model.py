@@ -115,6 +115,7 @@ def test_it_writes_the_likeliest_token_each_time(model, tokenizer, monkeypatch):
     monkeypatch.setattr(judge_language_model, "WRITTEN_TOKENS", 6)
     messages = [f"Write a question about {subject}." for subject in ("storms", "cars", "rowing", "a coast", "it")]
     params, ends = random_params(model), {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    rows_VD = np.asarray(head_VD(params))[: len(tokenizer)]
     hidden_of = jax.jit(lambda tokens, mask: model.apply({"params": params}, tokens, mask))
     expected = []
     for message in messages:
@@ -123,8 +124,8 @@ def test_it_writes_the_likeliest_token_each_time(model, tokenizer, monkeypatch):
         while len(written) < 6 and not ends & set(written):
             tokens_1S = np.zeros((1, 128), np.int32)
             tokens_1S[0, : len(ids)] = ids
-            hidden_D = hidden_of(tokens_1S, np.arange(128)[None] < len(ids))[0, len(ids) - 1]
-            written.append(int((head_VD(params) @ hidden_D)[: len(tokenizer)].argmax()))
+            hidden_1SD = np.asarray(hidden_of(tokens_1S, np.arange(128)[None] < len(ids)))
+            written.append(int((rows_VD @ hidden_1SD[0, len(ids) - 1]).argmax()))
             ids = [*ids, written[-1]]
         expected.append(tokenizer.decode([token for token in written if token not in ends]))
     assert len(set(expected)) > 1
