@@ -205,6 +205,8 @@ class JudgeConfig:
     """Similarity and term statistics, or a language model that answers a rubric's questions, here or by HTTP."""
     model: str = ""
     """Local folder or hub name of the language model; for `http` its name at the endpoint."""
+    rubric: Literal["template", "language_model"] = "template"
+    """Who words the question on an interest of the user: a template, or that language model, from the signals."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters and activations of `language_model`."""
     lists_per_step: int = 32
@@ -220,7 +222,8 @@ class JudgeConfig:
     retries: int = 4
     """After timeouts, lost connections and the statuses 408, 429 and 5xx."""
     max_failed_share: float = 0.05
-    """A run stops when more than this share of a batch's questions fail, and ten at least; fewer are left out."""
+    """A run stops when more than this share of a batch's questions fail, and ten at least; fewer are left out. Likewise
+    of the questions that it was to write so far; where there is none, the template's is asked."""
     cache: str = "judge.sqlite"
     """File of the answers that the endpoint gave, within the run's folder unless absolute; empty for none."""
 

@@ -125,6 +125,11 @@ def _problems(config: Config) -> Iterator[str]:
 def _judge_problems(name: str, judge: JudgeConfig) -> Iterator[str]:
     if judge.kind in ("language_model", "http") and not judge.model:
         yield f'`{name}.model` is empty, expected a language model for a judge of the kind "{judge.kind}"'
+    if judge.kind not in ("language_model", "http") and judge.rubric == "language_model":
+        yield (
+            f'`{name}.rubric` is "language_model", but a judge of the kind "{judge.kind}" does not write; expected '
+            '"template", or a judge of the kind "language_model" or "http"'
+        )
     if judge.kind == "http" and not judge.url.startswith(("http://", "https://")):
         yield f"`{name}.url` is {json.dumps(judge.url)}, expected the endpoint's address, from http:// or https:// on"
     if judge.token_variable and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", judge.token_variable):

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def open_sqlite(path: Path | None, purpose: str) -> Iterator[sqlite3.Connection]:
+    """A database, each statement a transaction of its own; in memory where there is no path.
+
+    Raises InputError for a file that is something else, or that cannot be written.
+    """
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path or ":memory:", timeout=30, isolation_level=None)) as database:
+            yield database
+    except (sqlite3.Error, OSError) as error:
+        raise InputError(f"{path}: cannot be {purpose}, an SQLite file: {error}.") from None
 
 
 def without_nan(value: Any) -> Any:

@@ -234,6 +234,14 @@ def test_a_judge_over_http_needs_an_address_and_the_token_is_not_shown():
     assert "sk-1234" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["judge", "second_judge"])
+def test_only_a_language_model_words_its_questions(name):
+    config = _changed(Config(), f"{name}.rubric", "language_model")
+    with pytest.raises(InputError, match=f'`{name}.rubric` is "language_model", but a judge of the kind "'):
+        validate(config)
+    validate(_changed(_changed(config, f"{name}.kind", "language_model"), f"{name}.model", "some/model"))
+
+
 def test_the_second_judge_is_not_the_first():
     config = Config()
     for name in ("judge", "second_judge"):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxnr.config import Config, MeshConfig, ModelConfig, PromptConfig
+from jaxnr.config import Config, JudgeConfig, MeshConfig, ModelConfig, PromptConfig
 from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh, replicated
 from jaxnr.plan import _changes, _largest, add_up
 from jaxnr.planning.compile import Needs, wanted_bytes
 from jaxnr.planning.programs import STAGES, Resident, Stage, bytes_a_device, plan_stages
+from jaxnr.rewards.judge import WRITTEN_TOKENS
 
 SMALL = dataclasses.replace(
     Config(),
@@ -121,6 +122,19 @@ def test_each_of_several_hosts_holds_the_embedder_and_the_judge():
     alone, shared = (plan_stages(config, mesh, ("grpo",), own)[0].residents[-1] for own in (host, None))
     assert alone.name == shared.name == "embedder"
     assert bytes_a_device(alone.tree) == pytest.approx(4 * bytes_a_device(shared.tree), rel=0.01)
+
+
+def test_a_judge_that_words_its_questions_has_a_program_for_it():
+    mesh = make_mesh(SMALL.mesh)
+    judge = JudgeConfig(kind="language_model", model="Qwen/Qwen2.5-0.5B-Instruct", lists_per_step=8)
+    for rubric, expected in (("template", ["judge"]), ("language_model", ["judge", "judge_rubric"])):
+        config = dataclasses.replace(SMALL, judge=dataclasses.replace(judge, rubric=rubric))
+        (stage,) = plan_stages(config, mesh, ("grpo",))
+        programs = {program.name: program for program in stage.programs if program.name.startswith("judge")}
+        assert list(programs) == expected
+        assert [resident.name for resident in stage.residents].count("judge") == 1
+    writer = programs["judge_rubric"]
+    assert jax.eval_shape(writer.jitted, *writer.arguments).tokens_BGT.shape == (8, 1, WRITTEN_TOKENS)
 
 
 def test_a_reference_has_parameters_of_its_own_unless_adapters_can_be_taken_off():

@@ -22,6 +22,7 @@ from jaxnr.evaluation.run import MODELS
 from jaxnr.models.huggingface import save
 from jaxnr.prompting.tokenizer import load_tokenizer
 from jaxnr.rewards.composite import REWARDS, RewardModel
+from jaxnr.rewards.written_rubric import RUBRIC_FILE
 from jaxnr.road import STAGES, Road, run_stages, teacher_lists, training_reward
 from jaxnr.training.metrics import read_metrics
 
@@ -213,6 +214,7 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, tmp_path,
     save(tmp_path / "judge", model, random_params(model), tokenizer)
     shutil.rmtree(copy / "checkpoints" / "grpo")
     settings = {"kind": "language_model", "model": str(tmp_path / "judge"), "lists_per_step": 8}
+    settings |= {"rubric": "language_model", "max_failed_share": 1.0}  # it writes nothing of use
     judge = SecondJudgeConfig(**settings) if second else JudgeConfig(**settings)
     run_stages(dataclasses.replace(CONFIG, **{"second_judge" if second else "judge": judge}), copy, ("grpo",))
     before, after = rows(run, "grpo"), rows(copy, "grpo")
@@ -221,6 +223,7 @@ def test_grpo_under_a_language_model_as_judge(run, copy, surroundings, tmp_path,
         changed = f"valid/reward/second/{name}" if second else f"valid/reward/{name}"
         assert after[0][changed] != before[0].get(changed)
         assert 0 <= after[0][changed] <= 1
+    assert (copy / RUBRIC_FILE).exists()
     assert (before[1]["loss"] == after[1]["loss"]) == second  # what training does not see changes nothing
     assert after[1]["reward/failed"] == 0
 

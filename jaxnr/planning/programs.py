@@ -23,6 +23,7 @@ from jaxnr.models.lora import trainable
 from jaxnr.planning.shapes import as_embedder, decoder_shape, find_shape
 from jaxnr.retrieval.sentence_encoder import batch_size, make_encode
 from jaxnr.rewards.criteria import SPECIFICITY
+from jaxnr.rewards.judge import WRITTEN_TOKENS
 from jaxnr.rewards.judge_language_model import make_scorer
 from jaxnr.sampling.sampler import SamplingSettings, choose, make_sampler
 from jaxnr.training.losses import logits_NV
@@ -40,9 +41,9 @@ from jaxnr.training.steps import (
 
 _TOKENS_A_WORD = 1.5
 """Of a byte-level BPE of 150 000 tokens, in running English text, rounded up."""
-_JUDGE_CHAT, _JUDGE_QUESTION = 128, 64
-"""Tokens of a judge's instructions with the chat's header, and of a question with the header of the answer, rounded
-up: the texts differ from run to run."""
+_JUDGE_CHAT, _JUDGE_QUESTION, _JUDGE_MESSAGE = 128, 64, 512
+"""Tokens of a judge's instructions with the chat's header, of a question with the header of the answer, and of a
+message that asks for a question, rounded up: the texts differ from run to run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Stage:
 
 
 class _Helper(NamedTuple):
-    """A pretrained model that rewards: its program and its parameters."""
+    """A pretrained model that rewards: its programs and its parameters."""
 
-    program: Program
+    programs: tuple[Program, ...]
     resident: Resident
 
 
@@ -150,7 +151,7 @@ def _grpo(config: Config, teacher: _Model, mesh: Mesh, helpers: list[_Helper]) -
     if settings.uniform_steps:
         residents.append(Resident("teacher's state before the first step", state))
     residents += [helper.resident for helper in helpers]
-    scoring = [helper.program for helper in helpers]
+    scoring = [program for helper in helpers for program in helper.programs]
     if settings.kl_weight:
         # A model with adapters is its own reference, with those it began with or none.
         if not config.teacher.lora_rank:
@@ -189,7 +190,10 @@ def _evaluate(config: Config, teacher: _Model, mesh: Mesh, helpers: list[_Helper
     B, G = config.evaluation.prompts_per_step, config.evaluation.best_of_n[-1]
     return Stage(
         "evaluate",
-        (_sampler(config, "best_of_n", teacher, B, G, mesh), *(helper.program for helper in helpers)),
+        (
+            _sampler(config, "best_of_n", teacher, B, G, mesh),
+            *(program for helper in helpers for program in helper.programs),
+        ),
         (Resident("teacher's parameters", teacher.params), *(helper.resident for helper in helpers)),
     )
 
@@ -352,7 +356,7 @@ def _embedder(config: Config, mesh: Mesh) -> list[_Helper]:
     encode = make_encode(model, params, pooling, mesh)
     arguments = (params, _spread((B, S), jnp.int32, mesh), _spread((B, S), bool, mesh))
     program = Program("embed", f"{B} queries of {S} tokens", encode, arguments, (0,))
-    return [_Helper(program, Resident("embedder", params))]
+    return [_Helper((program,), Resident("embedder", params))]
 
 
 def _judge(config: Config, name: str, mesh: Mesh) -> list[_Helper]:
@@ -360,7 +364,7 @@ def _judge(config: Config, name: str, mesh: Mesh) -> list[_Helper]:
     settings = getattr(config, name)
     if settings.kind != "language_model":
         return []
-    shape, _ = decoder_shape(settings.model)
+    shape, tokens = decoder_shape(settings.model)
     model = Decoder(shape, dtype=jnp.dtype(settings.compute))
     params = _params(model, mesh, settings.compute)
     ways = batch_ways(mesh)
@@ -378,7 +382,14 @@ def _judge(config: Config, name: str, mesh: Mesh) -> list[_Helper]:
         _spread((B, C), jnp.int32, mesh),
     )
     sizes = f"{B} lists of {S} tokens, {C} questions each"
-    return [_Helper(Program(name, sizes, scorer, arguments, (0,)), Resident(name.replace("_", " "), params))]
+    programs = [Program(name, sizes, scorer, arguments, (0,))]
+    if settings.rubric == "language_model":
+        prompt = dataclasses.replace(config.prompt, prompt_buckets=(_JUDGE_MESSAGE,), max_new_tokens=WRITTEN_TOKENS)
+        own = dataclasses.replace(config, prompt=prompt)
+        writer = _sampler(own, f"{name}_rubric", _Model(model, params, tokens), B, 1, mesh)
+        sizes = f"{B} questions of {WRITTEN_TOKENS} tokens on messages of {_JUDGE_MESSAGE}"
+        programs.append(dataclasses.replace(writer, what=sizes))
+    return [_Helper(tuple(programs), Resident(name.replace("_", " "), params))]
 
 
 def bytes_a_device(tree: Any) -> float:

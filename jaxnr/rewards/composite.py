@@ -231,9 +231,11 @@ class RewardModel:
             for example in new
         ]
         for example, rubric in zip(new, self._in_article_words(new, rubrics), strict=True):
-            subjects = [subject_of([telling[example.signals[row].text] for row in rows]) for rows in rubric.members]
+            signals = [[example.signals[row].text for row in rows] for rows in rubric.members]
+            subjects = [subject_of([telling[text] for text in texts]) for texts in signals]
+            weights = rubric.weights_J[: len(subjects)].tolist()
             self._rubrics[example.example_id] = rubric
-            self._text_rubrics[example.example_id] = text_rubric(subjects, rubric.weights_J[: len(subjects)].tolist())
+            self._text_rubrics[example.example_id] = text_rubric(subjects, weights, signals)
 
     def _in_article_words(self, examples: Sequence[Example], rubrics: Sequence[Rubric]) -> list[Rubric]:
         """The rubrics with facets moved towards the articles nearest to them that are live at the request."""

@@ -27,6 +27,8 @@ class Criterion(NamedTuple):
     """The telling words of each subject that is asked about; none where the question is about queries as such."""
     of_every_query: bool = False
     """Whether every query has to be about one of the subjects, or one query at least."""
+    signals: tuple[str, ...] = ()
+    """The texts of the facet that is asked about, oldest first; none for any other question."""
 
 
 class TextRubric(NamedTuple):
@@ -36,15 +38,18 @@ class TextRubric(NamedTuple):
     specificity: tuple[Criterion, ...]
 
 
-def text_rubric(subjects: Sequence[str], weights: Sequence[float]) -> TextRubric:
+def text_rubric(
+    subjects: Sequence[str], weights: Sequence[float], signals: Sequence[Sequence[str]] | None = None
+) -> TextRubric:
     """The questions about facets that ``subjects`` name, under the weights of ``rubric.py`` and ``coverage.py``.
 
     One for each facet, and "grounded", a query that no evidence of the user supports is a fault, with
     ``GROUNDED_WEIGHT`` times the weight of all facets. The specificity questions are the same for all users.
+    ``signals`` are the texts of each facet, for a judge that words the question on it (``written_rubric.py``).
     """
     coverage = [
-        Criterion(f"Does the list contain a query about: {subject}?", weight, (subject,))
-        for subject, weight in zip(subjects, weights, strict=True)
+        Criterion(f"Does the list contain a query about: {subject}?", weight, (subject,), signals=tuple(texts))
+        for subject, weight, texts in zip(subjects, weights, signals or [()] * len(subjects), strict=True)
     ]
     if coverage:
         question = f"Is every query about one of these: {'; '.join(subjects)}?"

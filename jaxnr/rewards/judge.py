@@ -16,6 +16,9 @@ from jaxnr.errors import InputError
 from jaxnr.prompting.output import ParsedList
 from jaxnr.rewards.criteria import Criterion, TextRubric
 
+WRITTEN_TOKENS = 64
+"""A judge that writes does so in at most so many tokens: they hold one question."""
+
 INSTRUCTIONS = "You check a list of news search queries that was written for one reader."
 
 
@@ -27,6 +30,14 @@ class Judge(Protocol):
 
         NaN where there is no answer: the judge failed, cannot judge such a criterion, or the list has fewer of them.
         """
+        ...
+
+
+class Writer(Judge, Protocol):
+    """A judge that is a language model, and writes as well."""
+
+    def write(self, messages: Sequence[str]) -> list[str]:
+        """The reply to each message, of ``WRITTEN_TOKENS`` at most; empty where there is none."""
         ...
 
 
@@ -93,6 +104,19 @@ def open_judge(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge:
 
     Raises InputError where the model cannot be loaded, or the variable that holds the endpoint's token is not set.
     """
+    if config.kind == "word_overlap":
+        from jaxnr.rewards.judge_word_overlap import word_overlap
+
+        return word_overlap
+    judge = _open_language_model(config, out, mesh)
+    if config.rubric == "template":
+        return judge
+    from jaxnr.rewards.written_rubric import RUBRIC_FILE, WritingJudge
+
+    return WritingJudge(judge, config.model, out / RUBRIC_FILE, config.max_failed_share)
+
+
+def _open_language_model(config: JudgeConfig, out: Path, mesh: Mesh) -> Writer:
     if config.kind == "language_model":
         from jaxnr.models.decoder import Decoder
         from jaxnr.models.huggingface import load
@@ -102,14 +126,10 @@ def open_judge(config: JudgeConfig, out: Path, mesh: Mesh) -> Judge:
         if not isinstance(model, Decoder):
             raise InputError(f"{config.model}: an encoder; expected a language model as the judge.")
         return LanguageModelJudge(model, params, tokenizer, mesh, lists_per_step=config.lists_per_step)
-    if config.kind == "http":
-        from jaxnr.rewards.judge_http import HttpJudge
+    from jaxnr.rewards.judge_http import HttpJudge
 
-        cache = out / config.cache if config.cache else None
-        return HttpJudge(config, token=_token(config.token_variable), cache=cache)
-    from jaxnr.rewards.judge_word_overlap import word_overlap
-
-    return word_overlap
+    cache = out / config.cache if config.cache else None
+    return HttpJudge(config, token=_token(config.token_variable), cache=cache)
 
 
 def _token(variable: str) -> str:

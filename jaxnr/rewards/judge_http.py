@@ -12,8 +12,9 @@ import random
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 import numpy as np
@@ -21,8 +22,11 @@ from anyio.from_thread import start_blocking_portal
 
 from jaxnr.config import JudgeConfig
 from jaxnr.errors import InputError
+from jaxnr.files import open_sqlite
 from jaxnr.rewards.criteria import Criterion
-from jaxnr.rewards.judge import context, request
+from jaxnr.rewards.judge import WRITTEN_TOKENS, context, request
+
+Read = TypeVar("Read")
 
 FIRST_DELAY = 0.5
 """Seconds before the first retry, on average; each later one waits twice as long."""
@@ -72,36 +76,60 @@ class HttpJudge:
             yes_NC[row, : len(asked)] = [yes_of[text] for text in asked]
         return yes_NC
 
+    def write(self, messages: Sequence[str]) -> list[str]:
+        """See ``Writer``. Raises InputError where more than ``max_failed_share`` of the messages get no reply."""
+        bodies = {row: _body(self._config.model, message, WRITTEN_TOKENS) for row, message in enumerate(messages)}
+        replies = [""] * len(messages)
+        with start_blocking_portal() as portal:
+            portal.call(self._ask_all, bodies, text_of, replies.__setitem__, len(messages))
+        return replies
+
     async def _answer(self, texts: Sequence[str]) -> list[float]:
         """P(yes) of each message, from the cache where it is known; NaN where there is no answer."""
-        bodies = [_body(self._config.model, text) for text in texts]
+        likeliest = {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        bodies = [_body(self._config.model, text, _ANSWER_TOKENS) | likeliest for text in texts]
+
+        def settle(row: int, yes: float) -> None:
+            yes_N[row] = yes
+            _remember(cache, bodies[row], yes)
+
+        with _open_cache(self._cache) as cache:
+            yes_N = [_cached(cache, body) for body in bodies]
+            unknown = {row: bodies[row] for row in np.flatnonzero(np.isnan(yes_N)).tolist()}
+            await self._ask_all(unknown, p_yes, settle, len(texts))
+        return yes_N
+
+    async def _ask_all(
+        self,
+        bodies: Mapping[int, dict],
+        read: Callable[[bytes], Read | None],
+        settle: Callable[[int, Read], None],
+        asked: int,
+    ) -> None:
+        """Sends ``bodies``, what is left of ``asked`` messages; ``settle`` gets what is read from each, as it comes."""
         slots = asyncio.Semaphore(self._config.concurrency)
         failures: list[str] = []
 
-        async def settle(row: int) -> None:
+        async def ask(row: int, body: dict) -> None:
             async with slots:
                 try:
-                    yes_N[row] = await self._ask_patiently(client, bodies[row])
-                    _remember(cache, bodies[row], yes_N[row])
+                    settle(row, await self._ask_patiently(client, body, read))
                 except _Failure as failure:
                     failures.append(str(failure))
                     self.failed += 1
-                    self._check_share(failures, len(texts))
+                    self._check_share(failures, asked)
 
-        async def settle_all() -> None:
+        async def ask_each() -> None:
             async with asyncio.TaskGroup() as tasks:
-                for row in np.flatnonzero(np.isnan(yes_N)).tolist():
-                    tasks.create_task(settle(row))
+                for row, body in bodies.items():
+                    tasks.create_task(ask(row, body))
 
-        self.asked += len(texts)
-        with _open_cache(self._cache) as cache:
-            yes_N = [_cached(cache, body) for body in bodies]
-            async with self._client() as client:
-                try:
-                    await settle_all()
-                except ExceptionGroup as group:  # the first to stop has cancelled the others
-                    raise group.exceptions[0] from None
-        return yes_N
+        self.asked += asked
+        async with self._client() as client:
+            try:
+                await ask_each()
+            except ExceptionGroup as group:  # the first to stop has cancelled the others
+                raise group.exceptions[0] from None
 
     def _check_share(self, failures: Sequence[str], asked: int) -> None:
         few = len(failures) < min(FEWEST_FAILURES, asked)
@@ -119,11 +147,16 @@ class HttpJudge:
         limits = httpx2.Limits(max_connections=self._config.concurrency)
         return httpx2.AsyncClient(headers=headers, timeout=self._config.timeout, limits=limits)
 
-    async def _ask_patiently(self, client: httpx2.AsyncClient, body: dict) -> float:
-        """P(yes), after retries where they may help. The slot is kept while waiting: a busy server is asked less."""
+    async def _ask_patiently(
+        self, client: httpx2.AsyncClient, body: dict, read: Callable[[bytes], Read | None]
+    ) -> Read:
+        """What the response says, after retries where they may help.
+
+        The slot is kept while waiting: a busy server is asked less.
+        """
         for attempt in range(self._config.retries + 1):
             try:
-                return await self._ask(client, body)
+                return await self._ask(client, body, read)
             except _Failure as failure:
                 if not failure.passing or attempt == self._config.retries:
                     raise
@@ -131,8 +164,8 @@ class HttpJudge:
                 await asyncio.sleep(min(delay, LONGEST_DELAY))
         raise AssertionError("unreachable")
 
-    async def _ask(self, client: httpx2.AsyncClient, body: dict) -> float:
-        """P(yes) by one request. Raises _Failure."""
+    async def _ask(self, client: httpx2.AsyncClient, body: dict, read: Callable[[bytes], Read | None]) -> Read:
+        """What the response to one request says. Raises _Failure."""
         try:
             async with (
                 asyncio.timeout(self._config.timeout),  # httpx bounds each read, this bounds them together
@@ -151,10 +184,10 @@ class HttpJudge:
                 passing=response.status_code in _RETRIED or response.status_code >= 500,
                 retry_after=_retry_after(response.headers.get("Retry-After")),
             )
-        yes = p_yes(content)
-        if yes is None:
-            raise _Failure(f"neither yes nor no in the response: {self._shown(content.decode(errors='replace'))}")
-        return yes
+        found = read(content)
+        if found is None:
+            raise _Failure(f"no answer in the response: {self._shown(content.decode(errors='replace'))}")
+        return found
 
     def _shown(self, text: str) -> str:
         """The beginning of a text, for a message, without the token: servers quote those that they refuse."""
@@ -184,11 +217,22 @@ def p_yes(content: bytes) -> float | None:
                 masses[word] += math.exp(min(float(token["logprob"]), 0.0))
         if total := sum(masses.values()):
             return masses["yes"] / total if math.isfinite(total) else None
-        text = re.sub(r"<think>.*?</think>", "", choice["message"]["content"], flags=re.DOTALL)
-        answer = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
+        answer = re.match(r"\W*(yes|no)\b", _without_thoughts(choice["message"]["content"]), re.IGNORECASE)
         return float(answer[1].lower() == "yes") if answer else None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+
+
+def text_of(content: bytes) -> str | None:
+    """The text of a chat completion in JSON; None where it is none."""
+    try:
+        return _without_thoughts(json.loads(content)["choices"][0]["message"]["content"])
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return None
+
+
+def _without_thoughts(text: str) -> str:
+    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
 
 
 def _first_token(choice: dict) -> list[dict]:
@@ -197,14 +241,12 @@ def _first_token(choice: dict) -> list[dict]:
     return (tokens[0].get("top_logprobs") or []) if tokens else []
 
 
-def _body(model: str, text: str) -> dict:
+def _body(model: str, text: str, max_tokens: int) -> dict:
     return {
         "model": model,
         "messages": [{"role": "user", "content": text}],
         "temperature": 0,
-        "max_tokens": _ANSWER_TOKENS,
-        "logprobs": True,
-        "top_logprobs": _TOP_LOGPROBS,
+        "max_tokens": max_tokens,
     }
 
 
@@ -233,16 +275,11 @@ def _open_cache(path: Path | None) -> Iterator[sqlite3.Connection]:
 
     Raises InputError for a file that is something else.
     """
-    try:
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path or ":memory:", timeout=30, isolation_level=None)) as cache:
-            cache.execute("PRAGMA journal_mode = WAL")
-            cache.execute("PRAGMA synchronous = NORMAL")
-            cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, yes REAL NOT NULL)")
-            yield cache
-    except (sqlite3.Error, OSError) as error:
-        raise InputError(f"{path}: cannot be the judge's cache, an SQLite file: {error}.") from None
+    with open_sqlite(path, "the judge's cache") as cache:
+        cache.execute("PRAGMA journal_mode = WAL")
+        cache.execute("PRAGMA synchronous = NORMAL")
+        cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, yes REAL NOT NULL)")
+        yield cache
 
 
 def _cached(cache: sqlite3.Connection, body: dict) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import jax
@@ -15,7 +15,8 @@ from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.prompting.prompt import pad_prompts, special_names
 from jaxnr.rewards.criteria import Criterion
-from jaxnr.rewards.judge import context, request
+from jaxnr.rewards.judge import WRITTEN_TOKENS, context, request
+from jaxnr.sampling.sampler import SamplingSettings, make_sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ class LanguageModelJudge:
         lists_per_step: int,
     ):
         ways = batch_ways(mesh)
-        self._params, self._tokenizer, self._mesh = params, tokenizer, mesh
+        self._model, self._params, self._tokenizer, self._mesh = model, params, tokenizer, mesh
         self._lists_per_step = _multiple(ways, lists_per_step)
         self._before, self._after = _around_message(tokenizer)
         self._special = special_names(tokenizer)
@@ -60,14 +61,35 @@ class LanguageModelJudge:
         ids_of = {criterion: self.question_ids(criterion) for asked in criteria for criterion in asked}
         questions = [[ids_of[criterion] for criterion in asked] for asked in criteria]
         yes_NC = np.full((len(lists), max(map(len, criteria), default=0)), np.nan, np.float32)
-        by_length = sorted(range(len(lists)), key=lambda row: len(prompts[row]))
-        for start in range(0, len(lists), self._lists_per_step):
-            rows = by_length[start : start + self._lists_per_step]
-            filled = rows + rows[-1:] * (self._lists_per_step - len(rows))
+        for rows, filled in self._batches(prompts):
             yes_BG = self._yes([prompts[row] for row in filled], [questions[row] for row in filled])
             for row, yes_G in zip(rows, yes_BG, strict=False):
                 yes_NC[row, : len(criteria[row])] = yes_G[: len(criteria[row])]
         return yes_NC
+
+    def write(self, messages: Sequence[str]) -> list[str]:
+        """See ``Writer``: the likeliest token each time, as many messages at once as lists are scored."""
+        write = make_sampler(
+            self._model,  # pyright: ignore[reportArgumentType]  # flax modules are hashable by their fields
+            max_new_tokens=WRITTEN_TOKENS,
+            vocabulary_size=len(self._tokenizer),
+            pad_id=self._pad_id,
+            mesh=self._mesh,
+        )
+        prompts = [self._ids(self._before + self._defused(message) + self._after) for message in messages]
+        replies = [""] * len(messages)
+        number, stop_ids = np.int32(0), np.array([self._tokenizer.eos_token_id, self._pad_id], np.int32)
+        for rows, filled in self._batches(prompts):
+            prompt_BS, mask_BS = self._padded([prompts[row] for row in filled])
+            names_B = np.zeros(len(filled), np.int32)  # nothing is drawn
+            batch = jax.device_put((prompt_BS, mask_BS, names_B), batch_sharding(self._mesh))
+            settings = SamplingSettings(temperature=0.0)
+            written = write(self._params, *batch, np.zeros(1, np.int32), number, number, settings, stop_ids)
+            tokens_BT, mask_BT = np.asarray(written.tokens_BGT)[:, 0], np.asarray(written.mask_BGT)[:, 0]
+            mask_BT = mask_BT & ~np.isin(tokens_BT, stop_ids)
+            for row, tokens_T, mask_T in zip(rows, tokens_BT, mask_BT, strict=False):
+                replies[row] = cast(str, self._tokenizer.decode(tokens_T[mask_T], clean_up_tokenization_spaces=False))
+        return replies
 
     def prompt_ids(self, queries: Sequence[str]) -> list[int]:
         """The beginning of the chat, up to and including the list."""
@@ -79,18 +101,30 @@ class LanguageModelJudge:
 
     def _yes(self, prompts: Sequence[Sequence[int]], questions: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
         """yes_BG of one padded batch; anything where there is no question."""
-        pad_id = cast(int, self._tokenizer.pad_token_id)
-        S = max(32, 1 << (max(map(len, prompts)) - 1).bit_length())
-        prompt_BS, mask_BS = pad_prompts(prompts, (S,), pad_id)
+        prompt_BS, mask_BS = self._padded(prompts)
         length_BG = np.zeros((len(questions), _multiple(4, max(map(len, questions)))), np.int32)
         T = _multiple(32, 1 + max((len(ids) for asked in questions for ids in asked), default=0))
-        question_BGT = np.full((*length_BG.shape, T), pad_id, np.int32)
+        question_BGT = np.full((*length_BG.shape, T), self._pad_id, np.int32)
         for row, asked in enumerate(questions):
             for column, ids in enumerate(asked):
                 question_BGT[row, column, : len(ids)] = ids
                 length_BG[row, column] = len(ids)
         batch = jax.device_put((prompt_BS, mask_BS, question_BGT, length_BG), batch_sharding(self._mesh))
         return np.asarray(self._score(self._params, *batch))
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
+        """Rows of prompts of like length, and the same filled up to a batch with copies of the last."""
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        for start in range(0, len(prompts), self._lists_per_step):
+            rows = by_length[start : start + self._lists_per_step]
+            yield rows, rows + rows[-1:] * (self._lists_per_step - len(rows))
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        return pad_prompts(prompts, (max(32, 1 << (max(map(len, prompts)) - 1).bit_length()),), self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        return cast(int, self._tokenizer.pad_token_id)
 
     def _defused(self, text: str) -> str:
         """Names of special tokens broken up: neither queries nor signals can end the turn and answer themselves."""

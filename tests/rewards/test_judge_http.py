@@ -1,8 +1,10 @@
 """The HTTP judge against a real server on loopback."""
 
 import contextlib
+import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -11,12 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from test_judge import mesh
 
 from jaxnr.config import JudgeConfig
 from jaxnr.errors import InputError
 from jaxnr.rewards import judge_http
-from jaxnr.rewards.criteria import Criterion
-from jaxnr.rewards.judge_http import HttpJudge, p_yes
+from jaxnr.rewards.criteria import Criterion, text_rubric
+from jaxnr.rewards.judge import WRITTEN_TOKENS, open_judge
+from jaxnr.rewards.judge_http import HttpJudge, p_yes, text_of
+from jaxnr.rewards.written_rubric import WritingJudge
 
 LISTS = [("storm florida", "rowing cup"), ("electric car",)]
 CRITERIA = [tuple(Criterion(question, 1.0) for question in ("storms?", "rowing?", "cars?"))] * 2
@@ -235,6 +240,72 @@ def test_a_response_that_is_late_drips_or_is_too_long_is_a_failure(monkeypatch):
         judge = judge_at(server.url)
         assert np.isnan(judge(LISTS[:1], [CRITERIA[0][:1]])).all()
         assert len(server.requests) == 1
+
+
+def written(message: str, n: int = 1):
+    """A question to a message that asks for one; to others yes."""
+    signal = re.search(r'^- "(.*)"$', message, re.MULTILINE)
+    return 200, {}, completion(f"Does the list have a query on {signal[1]}?" if signal else "yes")
+
+
+def test_questions_are_written_by_the_endpoint_once_and_then_asked(tmp_path):
+    rubric = text_rubric(("storm", "rowing", "car"), (4.0, 2.0, 1.0), (["a storm"], ["a regatta"], ["an electric car"]))
+
+    def respond(message, n):
+        if '- "an electric car"' in message:
+            return 200, {}, completion('{"question": "cars?"}')
+        if '- "a regatta"' in message and n == 1:
+            return 503, {}, b"busy"
+        status, headers, body = written(message)
+        return status, headers, body.replace(b"Does", b"<think>so?</think>\\n\\nDoes")
+
+    with Server(respond) as server:
+        config = JudgeConfig(kind="http", model="some", url=server.url, rubric="language_model", max_failed_share=1.0)
+        judge = open_judge(config, tmp_path, mesh())
+        assert isinstance(judge, WritingJudge)
+        np.testing.assert_array_equal(judge(LISTS, [rubric.coverage] * 2), np.ones((2, 4)))
+        writing = [body for body in server.requests if "logprobs" not in body]
+        asked = [body["messages"][0]["content"] for body in server.requests if "logprobs" in body]
+        assert len(writing) == 4  # one of them again, after the 503
+        assert writing[0]["temperature"] == 0
+        assert writing[0]["max_tokens"] == WRITTEN_TOKENS
+        assert judge.refused == 1
+        for question in ("Does the list have a query on a storm?", "Does the list contain a query about: car?"):
+            assert sum(f"Question: {question}\n" in message for message in asked) == 2
+        server.requests.clear()
+        open_judge(config, tmp_path, mesh())(LISTS, [rubric.coverage] * 2)
+        assert server.requests == []
+        open_judge(dataclasses.replace(config, cache=""), tmp_path, mesh())(LISTS, [rubric.coverage] * 2)
+        assert len(server.requests) == 8
+        assert all("logprobs" in body for body in server.requests)
+
+
+def test_few_messages_without_a_reply_leave_theirs_empty_and_more_stop_the_run():
+    def respond(message, n):
+        return (400, {}, b"no") if "odd" in message else (200, {}, completion(f"reply to {message}"))
+
+    messages = [f"{number} {'odd' if number % 2 else 'even'}" for number in range(24)]
+    with Server(respond) as server:
+        judge = judge_at(server.url, max_failed_share=0.5)
+        assert judge.write(messages[:18]) == [f"reply to {m}" if "even" in m else "" for m in messages[:18]]
+        assert (judge.asked, judge.failed) == (18, 9)
+        with pytest.raises(InputError, match="failed on 10 of 24 questions"):
+            judge_at(server.url, max_failed_share=0.4).write(messages)
+        assert judge_at(server.url).write([]) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (completion("<think>hm</think> yes?"), " yes?"),
+        (b'{"choices": [{"message": {"content": null}}]}', None),
+        (b'{"choices": {}}', None),
+        (b"[1]", None),
+        (b"\xff", None),
+    ],
+)
+def test_a_reply_is_the_text_of_a_completion(content, text):
+    assert text_of(content) == text
 
 
 def test_malformed_answers_are_nan_and_counted_and_leave_the_others():

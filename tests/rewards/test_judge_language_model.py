@@ -10,6 +10,7 @@ from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh, tree_shardings
 from jaxnr.models.decoder import head_VD
 from jaxnr.prompting.tokenizer import train_tokenizer
+from jaxnr.rewards import judge_language_model
 from jaxnr.rewards.criteria import text_rubric
 from jaxnr.rewards.judge import context, request
 from jaxnr.rewards.judge_language_model import LanguageModelJudge, answer_ids
@@ -108,6 +109,29 @@ def test_like_batches_compile_nothing_new(alone):
     programs = judge._score._cache_size()
     judge([("coast", "florida"), ("cup",), ("regatta rowing",)], [CRITERIA[0], CRITERIA[1], CRITERIA[0]])
     assert judge._score._cache_size() == programs >= 1
+
+
+def test_it_writes_the_likeliest_token_each_time(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(judge_language_model, "WRITTEN_TOKENS", 6)
+    messages = [f"Write a question about {subject}." for subject in ("storms", "cars", "rowing", "a coast", "it")]
+    params, ends = random_params(model), {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    rows_VD = np.asarray(head_VD(params))[: len(tokenizer)]
+    hidden_of = jax.jit(lambda tokens, mask: model.apply({"params": params}, tokens, mask))
+    expected = []
+    for message in messages:
+        chat, written = [{"role": "user", "content": message}], []
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        while len(written) < 6 and not ends & set(written):
+            tokens_1S = np.zeros((1, 128), np.int32)
+            tokens_1S[0, : len(ids)] = ids
+            hidden_1SD = np.asarray(hidden_of(tokens_1S, np.arange(128)[None] < len(ids)))
+            written.append(int((rows_VD @ hidden_1SD[0, len(ids) - 1]).argmax()))
+            ids = [*ids, written[-1]]
+        expected.append(tokenizer.decode([token for token in written if token not in ends]))
+    assert len(set(expected)) > 1
+    judge = judge_on(make_mesh(MESHES["data 8"]), model, tokenizer)
+    assert judge.write(messages) == expected
+    assert judge.write([]) == []
 
 
 def test_text_of_users_and_policies_cannot_end_the_turn(alone, tokenizer):

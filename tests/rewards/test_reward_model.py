@@ -203,4 +203,6 @@ def test_the_questions_of_a_user_are_made_once_and_follow_the_rubric(model):
     assert questions is model.text_rubric(READER)
     assert [set(members) for members in rubric.members] == [{2, 3}, {0, 1}]
     assert [criterion.weight for criterion in questions.coverage] == [4.0, 4.0, 0.5 * 8.0]
+    texts = [signal.text for signal in READER.signals]
+    assert [criterion.signals for criterion in questions.coverage] == [tuple(texts[2:]), tuple(texts[:2]), ()]
     assert model.text_rubric(example_of(7, "zxqv", "blorp")).coverage == ()
