@@ -49,11 +49,11 @@ BATCH = P(("data", "fsdp"))
 HEAD = P("tensor")
 """The output projection where it is multiplied: gathered over fsdp, so that the logits of a row stay where it lies."""
 
-LOGITS = P(("data", "fsdp"), "tensor")
-"""Logits [N, V] of the rows of a batch, as that product gives them."""
+LOGITS = P("tensor", ("data", "fsdp"))
+"""Logits [V, N] of the rows of a batch, as that product gives them."""
 
-EVERY = P(AXES)
-"""Rows over all devices."""
+WHOLE_LOGITS = P(None, AXES)
+"""Logits [V, N], each row's on one device."""
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

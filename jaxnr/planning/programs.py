@@ -25,8 +25,7 @@ from jaxnr.retrieval.sentence_encoder import batch_size, make_encode
 from jaxnr.rewards.criteria import SPECIFICITY
 from jaxnr.rewards.judge import WRITTEN_TOKENS
 from jaxnr.rewards.judge_language_model import make_scorer
-from jaxnr.sampling.sampler import SamplingSettings, choose, make_sampler
-from jaxnr.training.losses import logits_NV
+from jaxnr.sampling.sampler import SamplingSettings, choose, make_sampler, next_logits
 from jaxnr.training.start import decoder_of, fresh_shape
 from jaxnr.training.steps import (
     Batch,
@@ -279,7 +278,7 @@ def _sampling(config: Config, which: str, model: _Model, B: int, G: int, mesh: M
         hidden_BGD, key, value = cast(Any, decoded)
         own_key = jax.lax.dynamic_update_slice_in_dim(cache.own_key_LBKGHT, key, t, axis=5)
         own_value = jax.lax.dynamic_update_slice_in_dim(cache.own_value_LBKGTH, value, t, axis=4)
-        logits = logits_NV(hidden_BGD.reshape(B * G, -1), head_VD(params), model.tokens)
+        logits = next_logits(hidden_BGD.reshape(B * G, -1), head_VD(params), model.tokens)
         uniforms = jnp.full((B * G,), 0.5, jnp.float32)
         return (own_key, own_value), choose(logits, uniforms, SamplingSettings())
 

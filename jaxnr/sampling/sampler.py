@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxnr.mesh import EVERY, LOGITS, batch_sharding, constrain, spread, traced_on
+from jaxnr.mesh import LOGITS, WHOLE_LOGITS, batch_sharding, constrain, spread, traced_on
 from jaxnr.models.decoder import Cache, Decoder, head_VD
-from jaxnr.training.losses import logits_NV
 
 
 @flax.struct.dataclass
@@ -92,8 +90,8 @@ def make_sampler(
 
         def extend(state: _State, hidden_BGD: jax.Array) -> _State:
             """The state after choosing the t-th token of every completion that has not ended."""
-            logits = constrain(logits_NV(hidden_BGD.reshape(B * G, -1), head, vocabulary_size), LOGITS)
-            logits = constrain(logits, EVERY)  # whole rows to draw from, each on one device
+            logits = constrain(next_logits(hidden_BGD.reshape(B * G, -1), head, vocabulary_size), LOGITS)
+            logits = constrain(logits, WHOLE_LOGITS)  # whole columns to draw from, each on one device
             uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.t)))(keys_BG.reshape(-1))
             token, logprob = (spread(x.reshape(B, G)) for x in choose(logits, uniforms, settings))
             live = ~state.done_BG
@@ -147,32 +145,74 @@ def completion_keys(seed: jax.Array, step: jax.Array, prompt_ids_B: jax.Array, s
     return jax.vmap(lambda key: jax.vmap(lambda sample_id: jax.random.fold_in(key, sample_id))(sample_ids_G))(keys_B)
 
 
-def choose(logits_NV: jax.Array, uniforms_N: jax.Array, settings: SamplingSettings) -> tuple[jax.Array, jax.Array]:
-    """A token a row by inverse transform of one uniform number, and its log-probability before the filters."""
-    greedy = settings.temperature <= 0
-    logprobs = jax.nn.log_softmax(logits_NV / jnp.where(greedy, 1.0, settings.temperature))
-    filtering = (settings.top_k > 0) | (settings.top_p < 1)
-    probabilities = jax.lax.cond(filtering, lambda: filtered(logprobs, settings), lambda: jnp.exp(logprobs))
-    sampled = inverse_transform(probabilities, uniforms_N)
-    token = jnp.where(greedy, jnp.argmax(logprobs, axis=-1), sampled).astype(jnp.int32)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+def next_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocabulary_size: int) -> jax.Array:
+    """Float32 logits [V, N] over all rows of the head; −∞ for those that belong to no token.
 
-
-def inverse_transform(masses_NV: jax.Array, uniforms_N: jax.Array) -> jax.Array:
-    """Of each row the token at which the running sum of masses passes ``uniform`` times their total.
-
-    First the block of about √V tokens, then the token in it: two short running sums instead of one over all of V, which
-    takes longer than the rest of a decoding step of a small model.
+    The vocabulary comes first, and what is no token is masked, not cut off: so ``choose`` can divide the vocabulary,
+    which checkpoints pad to a round number, into blocks where it lies. On a TPU anything else copies the logits.
     """
-    N, V = masses_NV.shape
-    width = math.isqrt(V - 1) + 1
-    masses_NMW = jnp.pad(masses_NV, ((0, 0), (0, -V % width))).reshape(N, -1, width)
-    blocks_NM = masses_NMW.sum(axis=-1)
-    target_N = uniforms_N * blocks_NM.sum(axis=-1)
-    block_N = _first_past(blocks_NM, target_N)
-    before_N = jnp.where(jnp.arange(blocks_NM.shape[1]) < block_N[:, None], blocks_NM, 0.0).sum(axis=-1)
-    chosen_NW = jnp.take_along_axis(masses_NMW, block_N[:, None, None], axis=1)[:, 0]
-    return block_N * width + _first_past(chosen_NW, target_N - before_N)
+    logits_VN = jnp.einsum("vd,nd->vn", head_VD.astype(hidden_ND.dtype), hidden_ND, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(len(head_VD))[:, None] < vocabulary_size, logits_VN, -jnp.inf)
+
+
+def choose(logits_VN: jax.Array, uniforms_N: jax.Array, settings: SamplingSettings) -> tuple[jax.Array, jax.Array]:
+    """A token a column by inverse transform of one uniform number, and its log-probability before the filters.
+
+    The logits of many completions over a large vocabulary are as much to read as the model's weights. Without filters
+    they are read for their maximum and for the sums of their exponentials, and no other array of their size is made.
+    """
+    greedy = settings.temperature <= 0
+    filtering = (settings.top_k > 0) | (settings.top_p < 1)
+    logits_VN = logits_VN / jnp.where(greedy, 1.0, settings.temperature)
+    highest_N = jnp.max(logits_VN, axis=0)
+    # Kept as they are: the compiler would take the sum of these sums for one over all of V, and read the logits again.
+    masses_MN = jax.lax.optimization_barrier(block_masses(logits_VN, highest_N))
+    token_N = jax.lax.switch(
+        jnp.where(greedy, 0, jnp.where(filtering, 2, 1)),
+        (
+            lambda: jnp.argmax(logits_VN, axis=0).astype(jnp.int32),
+            lambda: inverse_transform(logits_VN, highest_N, masses_MN, uniforms_N),
+            lambda: _choose_filtered(logits_VN, highest_N, uniforms_N, settings),
+        ),
+    )
+    chosen_N = jnp.take_along_axis(logits_VN, token_N[None], axis=0)[0]
+    return token_N, chosen_N - highest_N - jnp.log(jnp.sum(masses_MN, axis=0))
+
+
+def _choose_filtered(
+    logits_VN: jax.Array, highest_N: jax.Array, uniforms_N: jax.Array, settings: SamplingSettings
+) -> jax.Array:
+    logits_VN = filtered(logits_VN.T, settings).T
+    return inverse_transform(logits_VN, highest_N, block_masses(logits_VN, highest_N), uniforms_N)
+
+
+BLOCK = 128
+"""Tokens of a block: about the root of small vocabularies, and a divisor of what large ones are padded to."""
+
+
+def block_masses(logits_VN: jax.Array, highest_N: jax.Array) -> jax.Array:
+    """Σ exp(logit − highest) of each block of ``BLOCK`` tokens [M, N]; the last may be short of some."""
+    V, N = logits_VN.shape
+    if V % BLOCK:
+        logits_VN = jnp.pad(logits_VN, ((0, -V % BLOCK), (0, 0)), constant_values=-jnp.inf)
+    return jnp.sum(jnp.exp(logits_VN.reshape(-1, BLOCK, N) - highest_N), axis=1)
+
+
+def inverse_transform(
+    logits_VN: jax.Array, highest_N: jax.Array, masses_MN: jax.Array, uniforms_N: jax.Array
+) -> jax.Array:
+    """Of each column the token at which the running sum of exp(logit − highest) passes ``uniform`` times their total.
+
+    First the block, by ``block_masses``, then the token in it: two short running sums instead of one over all of V,
+    which takes longer than the rest of a decoding step of a small model.
+    """
+    masses_NM = masses_MN.T
+    target_N = uniforms_N * masses_NM.sum(axis=-1)
+    block_N = _first_past(masses_NM, target_N)
+    before_N = jnp.where(jnp.arange(masses_NM.shape[1]) < block_N[:, None], masses_NM, 0.0).sum(axis=-1)
+    token_NW = block_N[:, None] * BLOCK + jnp.arange(BLOCK)
+    logits_WN = jnp.take_along_axis(logits_VN, token_NW.T, axis=0, mode="fill", fill_value=-jnp.inf)
+    return block_N * BLOCK + _first_past(jnp.exp(logits_WN - highest_N).T, target_N - before_N)
 
 
 def _first_past(masses_NK: jax.Array, target_N: jax.Array) -> jax.Array:
@@ -184,15 +224,16 @@ def _first_past(masses_NK: jax.Array, target_N: jax.Array) -> jax.Array:
     return jnp.where(passes.any(axis=-1), jnp.argmax(passes, axis=-1), last)
 
 
-def filtered(logprobs_NV: jax.Array, settings: SamplingSettings) -> jax.Array:
-    """Probabilities with everything outside the top-k, and then outside the top-p nucleus, set to zero."""
-    order = jnp.argsort(-logprobs_NV, axis=-1, stable=True)
-    ranked = jnp.exp(jnp.take_along_axis(logprobs_NV, order, axis=-1))
+def filtered(logits_NV: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """The logits, −∞ outside the top-k and then outside the top-p nucleus."""
+    order = jnp.argsort(-logits_NV, axis=-1, stable=True)
+    ranked = jax.nn.softmax(jnp.take_along_axis(logits_NV, order, axis=-1))
     rank = jnp.arange(ranked.shape[-1])
     kept = jnp.where(settings.top_k > 0, rank < settings.top_k, True)
     ranked = jnp.where(kept, ranked, 0.0)
     ranked = ranked / jnp.sum(ranked, axis=-1, keepdims=True)
     before = jnp.cumsum(ranked, axis=-1) - ranked  # the likeliest token always stays
-    ranked = jnp.where((before < settings.top_p) | (rank == 0), ranked, 0.0)
+    kept = kept & ((before < settings.top_p) | (rank == 0))
     # Row by row, so that rows on different devices stay there.
-    return jax.vmap(lambda mass_V, order_V: jnp.zeros_like(mass_V).at[order_V].set(mass_V))(ranked, order)
+    kept = jax.vmap(lambda kept_V, order_V: jnp.zeros_like(kept_V).at[order_V].set(kept_V))(kept, order)
+    return jnp.where(kept, logits_NV, -jnp.inf)
