@@ -12,16 +12,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import relative_gap
-from tiny_run import CONFIG
+from tiny import random_params, relative_gap, tiny_decoder
+from tiny_run import CONFIG, WORLD
 
 from jaxnr.checkpoint import Checkpoints
-from jaxnr.config import Config, DataConfig, MeshConfig, save_config
+from jaxnr.config import Config, DataConfig, JudgeConfig, MeshConfig, SecondJudgeConfig, save_config
+from jaxnr.data.schema import document_texts
+from jaxnr.data.synthetic.world import generate_world
 from jaxnr.errors import InputError
 from jaxnr.hosts import join
 from jaxnr.mesh import make_mesh
 from jaxnr.models.decoder import init_params
-from jaxnr.prompting.tokenizer import load_tokenizer
+from jaxnr.models.huggingface import save
+from jaxnr.prompting.tokenizer import load_tokenizer, train_tokenizer
+from jaxnr.rewards.criteria import text_rubric
+from jaxnr.rewards.judge import request
 from jaxnr.training.metrics import read_metrics
 from jaxnr.training.start import make_decoder
 from jaxnr.training.steps import create_state, make_optimizer
@@ -37,8 +42,13 @@ SMALL = dataclasses.replace(
 )
 
 
-def walk(config: Config, out: Path, stages: str, processes: int, devices: int, code: int = 0) -> list[tuple[str, str]]:
-    """Walks the stages in so many processes with so many devices each; returns what each wrote to stdout and stderr."""
+def walk(
+    config: Config, out: Path, stages: str, processes: int, devices: int, code: int = 0, limit: float = 1800
+) -> list[tuple[str, str]]:
+    """Walks the stages in so many processes with so many devices each; returns what each wrote to stdout and stderr.
+
+    They are killed after ``limit`` seconds.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -51,7 +61,7 @@ def walk(config: Config, out: Path, stages: str, processes: int, devices: int, c
         place = [f"{index}/{processes}@localhost:{port}"] if processes > 1 else []
         files = [open(out.parent / f"{out.name}.{index}.{name}", "w+") for name in ("stdout", "stderr")]  # noqa: SIM115
         running.append((subprocess.Popen([*script, *arguments, *place], stdout=files[0], stderr=files[1]), files))
-    deadline = time.monotonic() + 1800
+    deadline = time.monotonic() + limit
     try:
         while any(process.poll() is None for process, _ in running) and time.monotonic() < deadline:
             if any(process.poll() not in (None, code) for process, _ in running):
@@ -144,11 +154,51 @@ def test_a_whole_run_of_several_processes_is_that_of_one(tmp_path, mesh, process
     assert shown[0] == shown[1]
 
 
+@pytest.fixture(scope="module")
+def helpers(tmp_path_factory):
+    """The folder of a tiny decoder with a tokenizer, which can embed as well as judge."""
+    folder = tmp_path_factory.mktemp("helpers")
+    articles = document_texts(generate_world(0, WORLD).tables.articles)
+    questions = [request(criterion) for criterion in text_rubric(("storm",), (1.0,)).specificity]
+    tokenizer = train_tokenizer([*articles, *questions * 9], 600, folder / "tokenizer")
+    model = tiny_decoder(vocab_size=len(tokenizer) + 4)
+    save(folder / "model", model, random_params(model, scale=0.3), tokenizer)
+    return folder / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "processes", "devices"),
+    [(MeshConfig(data=1, fsdp=2), 2, 1), (MeshConfig(data=1, fsdp=2, tensor=2), 4, 1)],
+)
+def test_models_that_embed_and_judge_are_held_by_all_processes_together(tmp_path, helpers, mesh, processes, devices):
+    """Microbatches, so that one is scored while another is sampled; validation and evaluation by a second judge."""
+    judged = {"kind": "language_model", "model": str(helpers), "lists_per_step": 4}
+    config = dataclasses.replace(
+        SMALL,
+        mesh=mesh,
+        retrieval=dataclasses.replace(SMALL.retrieval, embedder="sentence_encoder", embedder_path=str(helpers)),
+        judge=JudgeConfig(**judged),
+        second_judge=SecondJudgeConfig(**judged),
+    )
+    stages = "data,sft,grpo,distill,evaluate"
+    walk(config, tmp_path / "one", stages, processes=1, devices=processes * devices, limit=600)
+    walk(config, tmp_path / "several", stages, processes, devices, limit=600)
+    assert_same_run(tmp_path / "several", tmp_path / "one", config)
+    several, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("several", "one"))
+    for name in ("offline", "merging"):
+        assert several[name] == one[name]
+    assert one["judges"]["training"] == "language_model"
+    for name, rewards in one["rewards"].items():
+        assert several["rewards"][name] == pytest.approx(rewards, rel=1e-4, abs=1e-5)
+        assert 0 < rewards["second/coverage"] < 1
+
+
 def test_what_the_first_process_cannot_use_stops_all_of_them(tmp_path):
     config = dataclasses.replace(SMALL, data=DataConfig(format="events", path=str(tmp_path / "absent")))
     (_, first), (_, second) = walk(config, tmp_path / "run", "data", processes=2, devices=1, code=2)
     assert "absent" in first
-    assert "The first process stopped" in second
+    assert "Process 0 stopped" in second
     assert not (tmp_path / "run").exists()
 
 

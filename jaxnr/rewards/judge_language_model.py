@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
+from jaxnr.hosts import place_same
 from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.prompting.prompt import pad_prompts, special_names
@@ -30,6 +31,8 @@ class LanguageModelJudge:
     The list is the prompt and its criteria are the completions of ``Decoder.shared``, so that what they have in common
     runs through the model once. Lists of like length go together, padded to few shapes: the list to a power of two of
     tokens, questions to a multiple of 32, their number to a multiple of four; each shape compiles once.
+
+    Where the mesh has devices of several processes, all of them ask the same.
 
     Args:
         model: a decoder with its params, wherever they lie on ``mesh``, and its tokenizer with a chat template.
@@ -109,7 +112,7 @@ class LanguageModelJudge:
             for column, ids in enumerate(asked):
                 question_BGT[row, column, : len(ids)] = ids
                 length_BG[row, column] = len(ids)
-        batch = jax.device_put((prompt_BS, mask_BS, question_BGT, length_BG), batch_sharding(self._mesh))
+        batch = place_same((prompt_BS, mask_BS, question_BGT, length_BG), self._mesh)
         return np.asarray(self._score(self._params, *batch))
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
