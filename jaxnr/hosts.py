@@ -41,6 +41,9 @@ def join(place: str) -> None:
     options = (
         {"process_id": int(given[1]), "num_processes": int(given[2]), "coordinator_address": given[3]} if given else {}
     )
+    # Accelerators run programs in the order in which they are asked for. CPUs would run two at once, whose collectives
+    # then meet each other's: of several processes a program is awaited before the next is asked for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:

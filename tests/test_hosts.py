@@ -20,7 +20,7 @@ from jaxnr.config import Config, DataConfig, JudgeConfig, MeshConfig, SecondJudg
 from jaxnr.data.schema import document_texts
 from jaxnr.data.synthetic.world import generate_world
 from jaxnr.errors import InputError
-from jaxnr.hosts import join
+from jaxnr.hosts import join, together, union
 from jaxnr.mesh import make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.models.huggingface import save
@@ -82,8 +82,8 @@ def walk(
     return wrote
 
 
-def assert_same_run(folder: Path, expected: Path, config: Config) -> None:
-    """Metrics and parameters up to rounding, samples exactly."""
+def assert_same_metrics(folder: Path, expected: Path) -> set[str]:
+    """Up to rounding; returns the stages that have some."""
     logs = (read_metrics(out / "metrics.jsonl") for out in (folder, expected))
     rows, wanted = (sorted(log, key=lambda row: (row["stage"], row["step"])) for log in logs)
     assert [(row["stage"], row["step"]) for row in rows] == [(row["stage"], row["step"]) for row in wanted]
@@ -91,10 +91,16 @@ def assert_same_run(folder: Path, expected: Path, config: Config) -> None:
         assert row.keys() == other.keys()
         for name in row.keys() - {"stage", "time"}:
             assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (row["stage"], row["step"], name)
+    return {row["stage"] for row in wanted}
+
+
+def assert_same_run(folder: Path, expected: Path, config: Config) -> None:
+    """Metrics and parameters up to rounding, samples exactly."""
+    stages = assert_same_metrics(folder, expected)
     lists = [(out / "teacher_lists.jsonl").read_text() for out in (folder, expected)]
     assert lists[0] == lists[1]
     assert '["' in lists[0]  # some are not empty
-    for stage in {row["stage"] for row in wanted}:
+    for stage in stages:
         state, other = (final_state(out, stage, config) for out in (folder, expected))
         assert relative_gap(state.params, other.params) < 1e-4, stage
         assert relative_gap(state.opt_state[1][0].mu, other.opt_state[1][0].mu) < 1e-3, stage
@@ -156,35 +162,34 @@ def test_a_whole_run_of_several_processes_is_that_of_one(tmp_path, mesh, process
 
 @pytest.fixture(scope="module")
 def helpers(tmp_path_factory):
-    """The folder of a tiny decoder with a tokenizer, which can embed as well as judge."""
+    """The folders of two tiny decoders with a tokenizer, which can embed as well as judge."""
     folder = tmp_path_factory.mktemp("helpers")
     articles = document_texts(generate_world(0, WORLD).tables.articles)
     questions = [request(criterion) for criterion in text_rubric(("storm",), (1.0,)).specificity]
     tokenizer = train_tokenizer([*articles, *questions * 9], 600, folder / "tokenizer")
     model = tiny_decoder(vocab_size=len(tokenizer) + 4)
-    save(folder / "model", model, random_params(model, scale=0.3), tokenizer)
-    return folder / "model"
+    names = ("first", "second")
+    for seed, name in enumerate(names):
+        save(folder / name, model, random_params(model, seed, scale=0.3), tokenizer)
+    return [str(folder / name) for name in names]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "processes", "devices"),
-    [(MeshConfig(data=1, fsdp=2), 2, 1), (MeshConfig(data=1, fsdp=2, tensor=2), 4, 1)],
-)
-def test_models_that_embed_and_judge_are_held_by_all_processes_together(tmp_path, helpers, mesh, processes, devices):
-    """Microbatches, so that one is scored while another is sampled; validation and evaluation by a second judge."""
-    judged = {"kind": "language_model", "model": str(helpers), "lists_per_step": 4}
+def test_models_that_embed_and_judge_are_held_by_all_processes_together(tmp_path, helpers):
+    """Over four devices of two processes, each with prompts of its own: Dr.GRPO in microbatches with validation, and
+    evaluation, under a second judge as well."""
+    first, second = helpers
     config = dataclasses.replace(
         SMALL,
-        mesh=mesh,
-        retrieval=dataclasses.replace(SMALL.retrieval, embedder="sentence_encoder", embedder_path=str(helpers)),
-        judge=JudgeConfig(**judged),
-        second_judge=SecondJudgeConfig(**judged),
+        mesh=MeshConfig(data=1, fsdp=2, tensor=2),
+        retrieval=dataclasses.replace(SMALL.retrieval, embedder="sentence_encoder", embedder_path=first),
+        judge=JudgeConfig(kind="language_model", model=first, lists_per_step=4),
+        second_judge=SecondJudgeConfig(kind="language_model", model=second, lists_per_step=4),
     )
-    stages = "data,sft,grpo,distill,evaluate"
-    walk(config, tmp_path / "one", stages, processes=1, devices=processes * devices, limit=600)
-    walk(config, tmp_path / "several", stages, processes, devices, limit=600)
-    assert_same_run(tmp_path / "several", tmp_path / "one", config)
+    stages = "data,sft,grpo,evaluate"
+    walk(config, tmp_path / "one", stages, processes=1, devices=4, limit=600)
+    walk(config, tmp_path / "several", stages, processes=2, devices=2, limit=600)
+    assert_same_metrics(tmp_path / "several", tmp_path / "one")
     several, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("several", "one"))
     for name in ("offline", "merging"):
         assert several[name] == one[name]
@@ -200,6 +205,38 @@ def test_what_the_first_process_cannot_use_stops_all_of_them(tmp_path):
     assert "absent" in first
     assert "Process 0 stopped" in second
     assert not (tmp_path / "run").exists()
+
+
+def test_the_texts_of_all_processes_are_put_together_in_one_order(monkeypatch):
+    """Of three processes, the second without any; each sends as many bytes as the one with most needs."""
+    sent = []
+
+    def gather(own, rows=(["storm", "東京", '"\\'], [], ["rowing " * 1000, "storm"])):
+        if np.ndim(own):
+            sent.append(own)
+            messages = [json.dumps(texts).encode() for texts in rows]
+            return np.stack([np.frombuffer(message.ljust(len(own)), np.uint8) for message in messages])
+        return np.array([len(json.dumps(texts)) for texts in rows])
+
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    monkeypatch.setattr("jaxnr.hosts.multihost_utils.process_allgather", gather)
+    assert union(["storm", "東京", '"\\']) == ["storm", "東京", '"\\', "rowing " * 1000]
+    assert len(sent[0]) == 8192
+    assert json.loads(sent[0].tobytes()) == ["storm", "東京", '"\\']
+
+
+def test_what_stops_one_process_stops_all_of_them(monkeypatch):
+    def fail():
+        raise KeyError("here")
+
+    assert together(lambda: 3) == 3
+    with pytest.raises(KeyError, match="here"):
+        together(fail)
+    monkeypatch.setattr("jaxnr.hosts.largest", lambda number: max(number, 2))
+    with pytest.raises(InputError, match="Process 1 stopped"):
+        together(lambda: 3)
+    with pytest.raises(KeyError, match="here"):
+        together(fail)
 
 
 @pytest.mark.parametrize("place", ["yes", "2/2@localhost:1234", "0/2@localhost", "-1/2@localhost:1234"])

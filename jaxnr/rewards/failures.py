@@ -58,6 +58,8 @@ class PatientJudge:
         return yes_NC[_places(own, everyones), : max(map(len, criteria), default=0)]
 
     def _answers(self, lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Criterion]]) -> np.ndarray:
+        if not lists:
+            return np.zeros((0, 0), np.float32)
         if (yes_NC := self._ask(lists, criteria)) is not None:
             return yes_NC
         yes_NC = np.full((len(lists), max(map(len, criteria), default=0)), np.nan, np.float32)
