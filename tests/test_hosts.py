@@ -1,12 +1,15 @@
 """Several processes on this machine are one run: they give what one process gives on the same mesh, files and all."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -33,6 +36,8 @@ from jaxnr.training.steps import create_state, make_optimizer
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
 
+STREAMS = ("stdout", "stderr")
+
 SMALL = dataclasses.replace(
     CONFIG,
     student=CONFIG.teacher,  # of one shape, so that they share their programs
@@ -42,13 +47,9 @@ SMALL = dataclasses.replace(
 )
 
 
-def walk(
-    config: Config, out: Path, stages: str, processes: int, devices: int, code: int = 0, limit: float = 1800
-) -> list[tuple[str, str]]:
-    """Walks the stages in so many processes with so many devices each; returns what each wrote to stdout and stderr.
-
-    They are killed after ``limit`` seconds.
-    """
+@contextlib.contextmanager
+def started(config: Config, out: Path, stages: str, processes: int, devices: int) -> Iterator[list[subprocess.Popen]]:
+    """Begins to walk the stages in so many processes with so many devices each, which are killed in the end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -56,29 +57,43 @@ def walk(
     save_config(config, path)
     script = [sys.executable, str(Path(__file__).with_name("one_process.py"))]
     arguments = [str(devices), str(path), str(out), stages]
-    running = []
-    for index in range(processes):
-        place = [f"{index}/{processes}@localhost:{port}"] if processes > 1 else []
-        files = [open(out.parent / f"{out.name}.{index}.{name}", "w+") for name in ("stdout", "stderr")]  # noqa: SIM115
-        running.append((subprocess.Popen([*script, *arguments, *place], stdout=files[0], stderr=files[1]), files))
+    with contextlib.ExitStack() as files:
+        running = []
+        for index in range(processes):
+            place = [f"{index}/{processes}@localhost:{port}"] if processes > 1 else []
+            stdout, stderr = (
+                files.enter_context(open(out.parent / f"{out.name}.{index}.{name}", "w")) for name in STREAMS
+            )
+            running.append(subprocess.Popen([*script, *arguments, *place], stdout=stdout, stderr=stderr))
+        try:
+            yield running
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+
+def said(out: Path, index: int) -> tuple[str, str]:
+    """What a process that walked into ``out`` wrote to stdout and stderr."""
+    stdout, stderr = ((out.parent / f"{out.name}.{index}.{name}").read_text() for name in STREAMS)
+    return stdout, stderr
+
+
+def walk(
+    config: Config, out: Path, stages: str, processes: int, devices: int, code: int = 0, limit: float = 1800
+) -> list[tuple[str, str]]:
+    """Walks the stages in so many processes with so many devices each; returns what each wrote to stdout and stderr.
+
+    They are killed after ``limit`` seconds.
+    """
     deadline = time.monotonic() + limit
-    try:
-        while any(process.poll() is None for process, _ in running) and time.monotonic() < deadline:
-            if any(process.poll() not in (None, code) for process, _ in running):
+    with started(config, out, stages, processes, devices) as running:
+        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+            if any(process.poll() not in (None, code) for process in running):
                 break  # the others would wait for it
             time.sleep(0.1)
-    finally:
-        for process, _ in running:
-            process.kill()
-            process.wait()
-    wrote = []
-    for _, files in running:
-        for file in files:
-            file.seek(0)
-        wrote.append(tuple(file.read() for file in files))
-        for file in files:
-            file.close()
-    assert [process.returncode for process, _ in running] == [code] * processes, wrote
+    wrote = [said(out, index) for index in range(processes)]
+    assert [process.returncode for process in running] == [code] * processes, wrote
     return wrote
 
 
@@ -197,6 +212,54 @@ def test_models_that_embed_and_judge_are_held_by_all_processes_together(tmp_path
     for name, rewards in one["rewards"].items():
         assert several["rewards"][name] == pytest.approx(rewards, rel=1e-4, abs=1e-5)
         assert 0 < rewards["second/coverage"] < 1
+
+
+FAULTY = dataclasses.replace(
+    SMALL,
+    mesh=MeshConfig(data=2),
+    warm_start=dataclasses.replace(SMALL.warm_start, steps=4),
+    grpo=dataclasses.replace(SMALL.grpo, steps=12, validate_every=0),
+)
+
+
+def wait_for_step(out: Path, step: int, running: list[subprocess.Popen]) -> None:
+    """Until a step of Dr.GRPO is in the log."""
+    while not any(row["stage"] == "grpo" and row["step"] >= step for row in read_metrics(out / "metrics.jsonl")):
+        assert [process.poll() for process in running] == [None, None], [said(out, index) for index in range(2)]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_of_two_processes_stops_both_and_the_resumed_run_is_bit_equal(tmp_path):
+    stages = "data,sft,grpo"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    walk(FAULTY, whole, stages, processes=2, devices=1)
+    with started(FAULTY, stopped, stages, processes=2, devices=1) as running:
+        wait_for_step(stopped, 1, running)
+        running[1].terminate()
+        assert [process.wait(timeout=300) for process in running] == [128 + signal.SIGTERM] * 2
+    done = read_metrics(stopped / "metrics.jsonl")[-1]["step"]
+    assert 1 <= done < FAULTY.grpo.steps
+    assert (stopped / "checkpoints" / "grpo" / str(done)).is_dir()
+    for index in range(2):
+        assert f"stopped by SIGTERM after step {done} of 12 of grpo, which is saved" in said(stopped, index)[1]
+    walk(FAULTY, stopped, stages, processes=2, devices=1)
+    logs = [read_metrics(out / "metrics.jsonl") for out in (stopped, whole)]
+    timeless = [[{name: value for name, value in row.items() if name != "time"} for row in log] for log in logs]
+    assert timeless[0] == timeless[1]
+    states = [final_state(out, "grpo", FAULTY) for out in (stopped, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.slow
+def test_where_the_second_process_is_killed_the_first_ends_within_two_minutes_and_says_why(tmp_path):
+    out = tmp_path / "run"
+    with started(FAULTY, out, "data,sft,grpo", processes=2, devices=1) as running:
+        wait_for_step(out, 1, running)
+        running[1].kill()
+        assert running[0].wait(timeout=150) not in (0, None)
+    _, problem = said(out, 0)
+    assert "Task 1 heartbeat timeout. This indicates that the remote task has failed" in problem
 
 
 def test_what_the_first_process_cannot_use_stops_all_of_them(tmp_path):
