@@ -198,7 +198,9 @@ def test_models_that_embed_and_judge_are_held_by_all_processes_together(tmp_path
         SMALL,
         mesh=MeshConfig(data=1, fsdp=2, tensor=2),
         retrieval=dataclasses.replace(SMALL.retrieval, embedder="sentence_encoder", embedder_path=first),
-        judge=JudgeConfig(kind="language_model", model=first, lists_per_step=4),
+        judge=JudgeConfig(
+            kind="language_model", model=first, lists_per_step=4, rubric="language_model", max_failed_share=1.0
+        ),
         second_judge=SecondJudgeConfig(kind="language_model", model=second, lists_per_step=4),
     )
     stages = "data,sft,grpo,evaluate"

@@ -49,11 +49,7 @@ class PatientJudge:
         everyones = union(own)
         questions = [json.loads(asked) for asked in everyones]
         yes_NC = self._answers(
-            [queries for queries, _ in questions],
-            [
-                [Criterion(text, weight, tuple(of), every) for text, weight, of, every in asked]
-                for _, asked in questions
-            ],
+            [queries for queries, _ in questions], [[_criterion(fields) for fields in asked] for _, asked in questions]
         )
         return yes_NC[_places(own, everyones), : max(map(len, criteria), default=0)]
 
@@ -146,3 +142,8 @@ def _places(own: Sequence[str], everyones: Sequence[str]) -> np.ndarray:
     """Where each of this process's texts stands among those of all."""
     place_of = {text: place for place, text in enumerate(everyones)}
     return np.array([place_of[text] for text in own], np.int64)
+
+
+def _criterion(fields: list) -> Criterion:
+    """From JSON, which has lists for tuples."""
+    return Criterion._make(tuple(field) if isinstance(field, list) else field for field in fields)

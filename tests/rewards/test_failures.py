@@ -162,7 +162,7 @@ def beside(monkeypatch):
 
 
 def test_processes_that_hold_a_judge_together_ask_all_their_lists_and_each_takes_its_own(beside):
-    (about, *rest), (concrete, *_) = text_rubric(("storm florida",), (4.0,))
+    (about, *rest), (concrete, *_) = text_rubric(("storm florida",), (4.0,), [("a storm", "florida")])
     judge = Refuses("bad")
     asked = []
 
