@@ -35,6 +35,13 @@ class DamagedCheckpoint(InputError):
     """The newest checkpoint of a stage is damaged or unfinished; training can go on from the one before."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: the host loop asks, by a count of its own, and jax takes the last number that it was asked about."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one stage under ``folder``; the newest two are kept. Use as a context manager.
 
@@ -49,7 +56,7 @@ class Checkpoints:
             "optimizer": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = _Manager(self.folder, options=options, item_handlers=handlers)
         self._sealer = ThreadPoolExecutor(1)
         self._saving: tuple[int, Future[None]] | None = None
 

@@ -210,7 +210,7 @@ class JudgeConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters and activations of `language_model`."""
     lists_per_step: int = 32
-    """Lists that `language_model` scores at once, each with all of its questions."""
+    """Lists, of all hosts, that `language_model` scores at once, each with all of its questions."""
     url: str = ""
     """Of the endpoint, up to and including /v1."""
     token_variable: str = ""

@@ -1,16 +1,18 @@
 """One run of several processes, each on its own host: which rows of a batch are whose, and what only one of them does.
 
 All processes run the same program on one mesh. A batch is spread over it by prompts, so each process reads, tokenises,
-parses and rewards the prompts that lie on its own devices; steps and samplers see the whole batch. Whatever is written
-or printed is the first process's. With a single process nothing here sends or waits.
+parses and rewards the prompts that lie on its own devices; steps and samplers see the whole batch, and a model that
+embeds or judges the texts of all. Whatever is written or printed is the first process's. With a single process nothing
+here sends or waits.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -39,6 +41,9 @@ def join(place: str) -> None:
     options = (
         {"process_id": int(given[1]), "num_processes": int(given[2]), "coordinator_address": given[3]} if given else {}
     )
+    # Accelerators run programs in the order in which they are asked for. CPUs would run two at once, whose collectives
+    # then meet each other's: of several processes a program is awaited before the next is asked for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
@@ -57,17 +62,25 @@ def console() -> Console:
 
 def on_first(work: Callable[[], Any]) -> None:
     """Does ``work`` in the first process while the others wait. Where it fails there, all of them stop."""
-    problem = None
-    if is_first():
-        try:
-            work()
-        except Exception as error:
-            problem = error
-    failed = first_says(problem is not None)
+    together(lambda: work() if is_first() else None)
+
+
+def together(work: Callable[[], Item]) -> Item:
+    """What ``work`` gives in each process. Where it fails in one of them, all of them stop.
+
+    Without this the others would wait for that one in their next program, until jax finds out that it is gone.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    failed = largest(0 if problem is None else 1 + jax.process_index())
     if problem is not None:
         raise problem
     if failed:
-        raise InputError("The first process stopped; it has said why.")
+        raise InputError(f"Process {failed - 1} stopped; it has said why.")
+    return cast(Item, result)
 
 
 def first_says(answer: int) -> int:
@@ -80,8 +93,25 @@ def largest(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int64(number)).max())
 
 
+def total(numbers: Sequence[int]) -> list[int]:
+    """The sum of each number over the processes."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return multihost_utils.process_allgather(np.array(numbers, np.int64)).sum(axis=0).tolist()
+
+
+def union(texts: Sequence[str]) -> list[str]:
+    """The different texts of all processes, in one order that is the same in each of them."""
+    message = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+    # To a power of two, so that few programs compile; JSON may end in blanks.
+    size = 1 << max(12, (largest(len(message)) - 1).bit_length())
+    padded = np.pad(message, (0, size - len(message)), constant_values=ord(" "))
+    messages = multihost_utils.process_allgather(padded)
+    return list(dict.fromkeys(text for sent in messages for text in json.loads(sent.tobytes())))
+
+
 def own_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of this process's devices, for what each process computes on its own; ``mesh`` where there is no other.
+    """A mesh of this process's devices, for what it computes on its own; ``mesh`` where there is no other process.
 
     Parameters there are spread over the devices as well, so that a host holds them once.
     """
@@ -117,6 +147,18 @@ def place_rows(tree, mesh: Mesh):
             return parts[index[0].start or 0]
 
         return jax.make_array_from_callback((size * ways, *rows.shape[1:]), sharding, part)
+
+    return jax.tree.map(leaf, tree)
+
+
+def place_same(tree, mesh: Mesh):
+    """Arrays [B, ...] on the mesh, from all rows of each (numpy), the same in every process of the mesh."""
+    sharding = batch_sharding(mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def leaf(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
     return jax.tree.map(leaf, tree)
 

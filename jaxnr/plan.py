@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -80,7 +79,7 @@ def plan(
         console.print(f"[{time.monotonic() - started:5.0f} s] {program.name}: {verdict}", markup=False, highlight=False)
         return needs
 
-    planned = plan_stages(config, mesh, stages, host_mesh(slice_, devices))
+    planned = plan_stages(config, mesh, stages)
     names = {program.name for stage in planned for program in stage.programs}
     if unknown := [name for name in programs if name not in names]:
         raise InputError(f"--programs has {unknown[0]!r}; expected some of {', '.join(sorted(names))}.")
@@ -113,14 +112,6 @@ def plan(
         }
         write_text(json_file, json.dumps(content, indent=2))
     return fits
-
-
-def host_mesh(slice_: Slice, devices: list) -> Mesh | None:
-    """The mesh of one host's devices, on which it embeds and judges; None where it is the only one."""
-    if slice_.chips == slice_.chips_a_host:
-        return None
-    own = [device for device in devices if device.process_index == devices[0].process_index]
-    return make_mesh(MeshConfig(data=1, fsdp=-1), own)
 
 
 def plan_stage(
@@ -158,7 +149,7 @@ def largest_batch_of(
 
     def peak(units: int) -> float:
         changed = with_batch(config, stage, unit * units)
-        (planned,) = plan_stages(changed, mesh, (stage,), host_mesh(slice_, devices))
+        (planned,) = plan_stages(changed, mesh, (stage,))
         whole = tuple(program.name for program in planned.programs if not program.part_of)
         part = plan_stage(planned, slice_, compiled, whole)
         return part.peak if part.fits else max(part.peak, slice_.usable * 1.01)
@@ -193,7 +184,7 @@ def what_would_fit(
         try:
             other = make_mesh(changed.mesh, devices)
             check_batch_sizes(changed, other)
-            (stage,) = plan_stages(changed, other, (part.stage,), host_mesh(slice_, devices))
+            (stage,) = plan_stages(changed, other, (part.stage,))
         except InputError:
             continue
         found = plan_stage(stage, slice_, compiled, wanted)

@@ -29,7 +29,7 @@ from jaxnr.data.schema import Tables
 from jaxnr.errors import InputError
 from jaxnr.evaluation.run import evaluate, recall_at_10
 from jaxnr.files import read_json, write_json_lines, write_text
-from jaxnr.hosts import first_says, gather_rows, is_first, on_first, own, own_mesh, own_rows, place_rows, read_rows
+from jaxnr.hosts import first_says, gather_rows, is_first, on_first, own, own_rows, place_rows, read_rows
 from jaxnr.mesh import abstract_on, check_batch_sizes, make_mesh
 from jaxnr.models.decoder import init_params
 from jaxnr.models.lora import NO_LORA, trainable, with_trainable, without_adapters
@@ -113,8 +113,11 @@ class Road:
             tokenizer=tokenizer,
             tables=tables,
             examples={split: load_examples(out / "data" / "examples", split) for split in ("train", "valid", "test")},
-            rewards=open_rewards(config, out, tables, own_mesh(mesh)),
-            second_judge=PatientJudge(OpenedWhenAsked(lambda: open_judge(config.second_judge, out, own_mesh(mesh)))),
+            rewards=open_rewards(config, out, tables, mesh),
+            second_judge=PatientJudge(
+                OpenedWhenAsked(lambda: open_judge(config.second_judge, out, mesh)),
+                shared=config.second_judge.kind == "language_model",
+            ),
             signal_terms=TermStatistics.load(out / "retrieval" / "signal_terms.json"),
             log=MetricsLog(out / "metrics.jsonl"),
             last_batch=LastBatch(out / "skipped", tokenizer, mesh),

@@ -112,16 +112,25 @@ def test_planned_programs_run():
                 )
 
 
-def test_each_of_several_hosts_holds_the_embedder_and_the_judge():
-    mesh = make_mesh(SMALL.mesh)
-    encoder = dataclasses.replace(
-        SMALL.retrieval, embedder="sentence_encoder", embedder_path="Qwen/Qwen3-Embedding-0.6B"
+def test_the_embedder_and_the_judges_are_spread_over_the_whole_slice():
+    """Those of a known shape: 0.6 billion parameters, of which a device of eight holds an eighth; norms are small."""
+    name = "Qwen/Qwen3-Embedding-0.6B"
+    config = dataclasses.replace(
+        SMALL,
+        retrieval=dataclasses.replace(SMALL.retrieval, embedder="sentence_encoder", embedder_path=name),
+        judge=dataclasses.replace(SMALL.judge, kind="language_model", model=name),
+        second_judge=dataclasses.replace(SMALL.second_judge, kind="language_model", model=name),
     )
-    config = dataclasses.replace(SMALL, retrieval=encoder)
-    host = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:2])
-    alone, shared = (plan_stages(config, mesh, ("grpo",), own)[0].residents[-1] for own in (host, None))
-    assert alone.name == shared.name == "embedder"
-    assert bytes_a_device(alone.tree) == pytest.approx(4 * bytes_a_device(shared.tree), rel=0.01)
+    (stage,) = plan_stages(config, make_mesh(SMALL.mesh), ("evaluate",))
+    _, *helpers = stage.residents
+    assert [resident.name for resident in helpers] == ["embedder", "judge", "second judge"]
+    for resident in helpers:
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(resident.tree))
+        assert bytes_a_device(resident.tree) == pytest.approx(whole / 8, rel=0.01)
+    programs = {program.name: program for program in stage.programs}
+    assert {"embed", "judge", "second_judge"} < programs.keys()
+    for name in ("embed", "judge", "second_judge"):
+        assert programs[name].arguments[1].sharding.mesh.size == 8
 
 
 def test_a_judge_that_words_its_questions_has_a_program_for_it():

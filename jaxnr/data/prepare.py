@@ -112,6 +112,7 @@ def _prepare_retrieval(
     t1: int,
 ) -> None:
     """Fits the embedder, the terms of the catalogue and the judge's threshold, and embeds the catalogue."""
+    # One process embeds, so what it embeds with lies on its devices alone; no model of a later stage is there beside.
     embedder = load_embedder(config.retrieval, texts, config.seed, own_mesh(make_mesh(config.mesh)))
     if isinstance(embedder, TfidfSvdEmbedder):
         embedder.save(folder)
@@ -132,7 +133,11 @@ def _prepare_retrieval(
 
 
 def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> RewardModel:
-    """The reward model over the catalogue, from what the data stage wrote."""
+    """The reward model over the catalogue, from what the data stage wrote.
+
+    A sentence encoder and a language model are spread over ``mesh``, whichever processes it has; each process holds the
+    catalogue on its own devices.
+    """
     folder = out / "retrieval"
     if config.retrieval.embedder == "tfidf_svd":
         embedder = TfidfSvdEmbedder.load(folder)
@@ -143,7 +148,7 @@ def open_rewards(config: Config, out: Path, tables: Tables, mesh: Mesh) -> Rewar
     published_I, expires_I = (np.asarray(column.fill_null(NEVER)) for column in times)
     return RewardModel(
         embedder=embedder,
-        index=ArticleIndex(embeddings_IE, published_I, expires_I, mesh),
+        index=ArticleIndex(embeddings_IE, published_I, expires_I, own_mesh(mesh)),
         item_ids_I=tables.articles["item_id"].to_pylist(),
         articles_IE=embeddings_IE,
         statistics=TermStatistics.load(folder / "terms.json"),

@@ -99,18 +99,14 @@ class _Model(NamedTuple):
 STAGES = ("warm_start", "grpo", "distill", "evaluate")
 
 
-def plan_stages(
-    config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES, host_mesh: Mesh | None = None
-) -> list[Stage]:
+def plan_stages(config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES) -> list[Stage]:
     """The stages of a run, in the road's order; those without a step are left out.
 
-    ``host_mesh``: the devices of one of several hosts, each of which embeds and judges by itself (``hosts.own_mesh``).
     Raises InputError where the shape of a model is not to be had.
     """
     teacher, student = (_model(section, config, mesh) for section in (config.teacher, config.student))
-    own = mesh if host_mesh is None else host_mesh
-    embedder = _embedder(config, own)
-    judge, second_judge = (_judge(config, name, own) for name in ("judge", "second_judge"))
+    embedder = _embedder(config, mesh)
+    judge, second_judge = (_judge(config, name, mesh) for name in ("judge", "second_judge"))
     makers: dict[str, Callable[[], Stage]] = {
         "warm_start": lambda: _warm_start(config, teacher, student, mesh, embedder),
         "grpo": lambda: _grpo(config, teacher, mesh, [*embedder, *judge]),
@@ -348,7 +344,7 @@ def _embedder(config: Config, mesh: Mesh) -> list[_Helper]:
     words = task + config.prompt.max_query_words
     S = 1 << (int(_TOKENS_A_WORD * words) + 1).bit_length()
     ways = batch_ways(mesh)
-    B = batch_size(ways * S, S)
+    B = batch_size(ways * S, S, ways)
     B += -B % ways
     params = _params(model, mesh, dtype)
     pooling = "last" if isinstance(model, Decoder) else "mean"

@@ -90,11 +90,6 @@ class Slice:
     topology: str
 
     @property
-    def chips_a_host(self) -> int:
-        """Four; of v5e and v6e a host with eight is the whole slice of that size."""
-        return self.chips if self.topology.count("x") == 1 and self.chips <= 8 else min(self.chips, 4)
-
-    @property
     def memory(self) -> float:
         """Bytes of HBM of a device, as jax shows it."""
         return self.chip.memory / self.chip.devices

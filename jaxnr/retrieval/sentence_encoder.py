@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
+from jaxnr.hosts import place_same
 from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on, tree_shardings
 from jaxnr.models.decoder import Decoder
 from jaxnr.models.encoder import Classifier, Encoder, mean_pool
@@ -39,6 +40,8 @@ class SentenceEncoder:
     Texts are padded to one of a few lengths and batches to one of two sizes, so few programs compile. A text is cut to
     the model's maximal length. Its vector does not depend on the texts beside it.
 
+    Where the mesh has devices of several processes, all of them call with the same texts.
+
     Args:
         name: local folder, or name on the hub, in the layout of sentence-transformers or of a plain model (then: mean
             pooling of a BERT or RoBERTa, the last token of a Qwen3).
@@ -61,7 +64,7 @@ class SentenceEncoder:
         limits = (parts.max_tokens, self._tokenizer.model_max_length, model.config.max_tokens)
         self._max_tokens = int(min(limits))
         self._lower_case = parts.lower_case
-        self._ways = 1 if mesh is None else batch_ways(mesh)
+        self._mesh, self._ways = mesh, 1 if mesh is None else batch_ways(mesh)
         self._params = params
         self._encode = make_encode(model, params, parts.pooling or ("last" if instructed else "mean"), mesh)
 
@@ -77,14 +80,16 @@ class SentenceEncoder:
             return vectors_NE
         token_ids = dict(zip(rows, self._tokenize([texts[row] for row in rows]), strict=True))
         encoded = []
-        for length, batch in length_batches({row: len(ids) for row, ids in token_ids.items()}, self._max_tokens):
-            count = batch_size(len(batch), length)
+        lengths = {row: len(ids) for row, ids in token_ids.items()}
+        for length, batch in length_batches(lengths, self._max_tokens, self._ways):
+            count = batch_size(len(batch), length, self._ways)
             tokens_BS = np.zeros((count + -count % self._ways, length), np.int32)
             mask_BS = np.zeros(tokens_BS.shape, bool)
             for place, row in enumerate(batch):
                 tokens_BS[place, : len(token_ids[row])] = token_ids[row]
                 mask_BS[place, : len(token_ids[row])] = True
-            encoded.append((batch, self._encode(self._params, tokens_BS, mask_BS)))
+            arrays = (tokens_BS, mask_BS) if self._mesh is None else place_same((tokens_BS, mask_BS), self._mesh)
+            encoded.append((batch, self._encode(self._params, *arrays)))
         for batch, vectors_BE in encoded:  # read back only now, so that the device is never waited for in between
             vectors_NE[batch] = np.asarray(vectors_BE)[: len(batch)]
         return vectors_NE
@@ -98,7 +103,7 @@ class SentenceEncoder:
         return [ids if ids[-1:] == end else [*ids, *end] for ids in encoded]
 
 
-def length_batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int, list[int]]]:
+def length_batches(lengths: dict[int, int], longest: int, ways: int = 1) -> Iterator[tuple[int, list[int]]]:
     """(padded length, rows) of each batch: every row under the least bucket that holds its own length."""
     buckets: dict[int, list[int]] = {}
     for row, length in sorted(lengths.items(), key=lambda item: item[1]):
@@ -106,15 +111,20 @@ def length_batches(lengths: dict[int, int], longest: int) -> Iterator[tuple[int,
         buckets.setdefault(bucket, []).append(row)
     for bucket, rows in buckets.items():
         while rows:
-            count = batch_size(len(rows), bucket)
+            count = batch_size(len(rows), bucket, ways)
             yield bucket, rows[:count]
             rows = rows[count:]
 
 
-def batch_size(rows: int, length: int) -> int:
-    """Rows of the next batch: the large one where at least half of it would be used."""
-    large = max(_SMALL_BATCH, min(_LARGE_BATCH, _MOST_TOKENS // length))
-    return large if 2 * rows > large else _SMALL_BATCH
+def batch_size(rows: int, length: int, ways: int = 1) -> int:
+    """Rows of the next batch, over ``ways`` devices: the large one where at least half of it would be used.
+
+    Both sizes grow with more than ``_SMALL_BATCH`` devices, each of which then has as many rows as one of so many has:
+    the weights are gathered for every batch.
+    """
+    times = -(-ways // _SMALL_BATCH)
+    large = max(_SMALL_BATCH, min(_LARGE_BATCH, _MOST_TOKENS // length)) * times
+    return large if 2 * rows > large else _SMALL_BATCH * times
 
 
 class _Parts(NamedTuple):

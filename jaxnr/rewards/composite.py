@@ -13,6 +13,7 @@ import numpy as np
 from jaxnr.config import Config, RewardConfig
 from jaxnr.data.examples import Example
 from jaxnr.errors import InputError
+from jaxnr.hosts import together, total
 from jaxnr.prompting.output import ParsedList
 from jaxnr.retrieval.embedder import Embedder
 from jaxnr.retrieval.index import ArticleIndex, Rows
@@ -77,6 +78,9 @@ class Scored:
 class RewardModel:
     """Scores lists: text is embedded once, everything after is arrays.
 
+    Of several processes each scores lists of its own. They call its methods in the same order, as an embedder or a
+    judge that they hold together is asked by all at once, and as they stop together.
+
     Args:
         embedder: of queries, signals and articles.
         index: the catalogue, by the same embedder; ``item_ids_I`` are the articles of its rows. Articles that a user
@@ -106,8 +110,9 @@ class RewardModel:
         self.statistics, self.signal_terms = statistics, signal_terms
         self.articles_IE = articles_IE
         self.item_ids_I = np.array(item_ids_I)
-        self.config, self.judge = config, PatientJudge(judge) if judge else None
-        self._patient_embedder = PatientEmbedder(embedder)
+        self.config = config
+        self.judge = PatientJudge(judge, shared=config.judge.kind == "language_model") if judge else None
+        self._patient_embedder = PatientEmbedder(embedder, shared=config.retrieval.embedder == "sentence_encoder")
         self._failures, self._lists = 0, 0
         self._row_of = {item_id: row for row, item_id in enumerate(item_ids_I)}
         self._rubrics: dict[int, Rubric] = {}
@@ -152,7 +157,11 @@ class RewardModel:
         return Scored(rewards, total_BG, found)
 
     def _check_share(self, failures: int, lists: int) -> None:
-        """Of this batch, together with the last ones where they have few lists: by chance all of two may fail."""
+        """Of this batch, together with the last ones where they have few lists: by chance all of two may fail.
+
+        All processes' lists count, so that all of them stop or none.
+        """
+        failures, lists = total((failures, lists))
         self._failures, self._lists = self._failures + failures, self._lists + lists
         if self._lists < FEWEST_LISTS:
             return
@@ -161,10 +170,11 @@ class RewardModel:
         share = self.config.reward.max_failed_share
         if failures > share * lists:
             error = (self.judge.last_error if self.judge else None) or self._patient_embedder.last_error
+            elsewhere = ", or another process has the error" if jax.process_count() > 1 else ""
             raise InputError(
                 f"The judge or the embedder failed on {failures} of the last {lists} lists, more than the share of "
                 f"{share} that `reward.max_failed_share` allows; "
-                + (f"the last error: {error!r}." if error else "the judge's answers are NaN.")
+                + (f"the last error: {error!r}." if error else f"the judge's answers are NaN{elsewhere}.")
             ) from error
 
     def with_weights(self, weights: RewardConfig) -> RewardModel:
@@ -188,9 +198,8 @@ class RewardModel:
     ) -> dict[str, np.ndarray]:
         """coverage and specificity [B, G] of ``lists[b][g]`` by any judge; see ``judged_rewards``."""
         self.precompute(examples)
-        return judged_rewards(
-            judge, [self._text_rubrics.get(example.example_id, _NO_QUESTIONS) for example in examples], lists
-        )
+        rubrics = [self._text_rubrics.get(example.example_id, _NO_QUESTIONS) for example in examples]
+        return together(lambda: judged_rewards(judge, rubrics, lists))
 
     def retrieve(self, examples: Sequence[Example], lists: Sequence[Sequence[ParsedList]]) -> Retrieved:
         """What each query of ``lists[b][g]`` finds for ``examples[b]``: all that serving needs."""

@@ -1,13 +1,20 @@
-"""Judges and embedders that fail: what they raise costs the lists or texts that they raise for, not the step."""
+"""Judges and embedders that fail: what they raise costs the lists or texts that they raise for, not the step.
+
+A language model or a sentence encoder is held by all processes of a run together. Each of them then asks what all have
+to ask, so that their programs are the same ones; what one raises in one process it raises in all, at the same place.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from jaxnr.errors import InputError
+from jaxnr.hosts import union
 from jaxnr.retrieval.embedder import Embedder
 from jaxnr.rewards.criteria import Criterion
 from jaxnr.rewards.judge import Judge
@@ -23,14 +30,32 @@ class PatientJudge:
 
     A call that raises is asked again list by list. A judge that then raises for ``FIRST_ALONE`` in a row is taken to be
     down, and not asked about the others.
+
+    Args:
+        judge: any.
+        shared: whether several processes hold it together. They have to call at the same time, each with lists of its
+            own, of which there may be none.
     """
 
-    def __init__(self, judge: Judge):
-        self._judge = judge
+    def __init__(self, judge: Judge, shared: bool = False):
+        self._judge, self._shared = judge, shared
         self.last_error: Exception | None = None
 
     def __call__(self, lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Criterion]]) -> np.ndarray:
         """See ``Judge``."""
+        if not self._shared or jax.process_count() == 1:
+            return self._answers(lists, criteria)
+        own = [json.dumps(asked) for asked in zip(lists, criteria, strict=True)]
+        everyones = union(own)
+        questions = [json.loads(asked) for asked in everyones]
+        yes_NC = self._answers(
+            [queries for queries, _ in questions], [[_criterion(fields) for fields in asked] for _, asked in questions]
+        )
+        return yes_NC[_places(own, everyones), : max(map(len, criteria), default=0)]
+
+    def _answers(self, lists: Sequence[Sequence[str]], criteria: Sequence[Sequence[Criterion]]) -> np.ndarray:
+        if not lists:
+            return np.zeros((0, 0), np.float32)
         if (yes_NC := self._ask(lists, criteria)) is not None:
             return yes_NC
         yes_NC = np.full((len(lists), max(map(len, criteria), default=0)), np.nan, np.float32)
@@ -64,14 +89,27 @@ class PatientEmbedder:
 
     A call that raises is made again text by text; one that then raises for the first ``FIRST_ALONE`` of them is taken
     to be down.
+
+    Args:
+        embedder: any.
+        shared: whether several processes hold it together. They have to call at the same time, each with texts of its
+            own, of which there may be none.
     """
 
-    def __init__(self, embedder: Embedder):
-        self._embedder = embedder
+    def __init__(self, embedder: Embedder, shared: bool = False):
+        self._embedder, self._shared = embedder, shared
         self.last_error: Exception | None = None
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Vectors [N, E], zero where the embedder failed, and where that is [N]."""
+        if not self._shared or jax.process_count() == 1:
+            return self._vectors(texts)
+        everyones = union(texts)
+        vectors_NE, failed_N = self._vectors(everyones)
+        places = _places(texts, everyones)
+        return vectors_NE[places], failed_N[places]
+
+    def _vectors(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         vectors_NE, failed_N = np.zeros((len(texts), self._embedder.size), np.float32), np.zeros(len(texts), bool)
         if not texts:
             return vectors_NE, failed_N
@@ -98,3 +136,14 @@ class PatientEmbedder:
             self.last_error = error
             return None
         return vectors_NE
+
+
+def _places(own: Sequence[str], everyones: Sequence[str]) -> np.ndarray:
+    """Where each of this process's texts stands among those of all."""
+    place_of = {text: place for place, text in enumerate(everyones)}
+    return np.array([place_of[text] for text in own], np.int64)
+
+
+def _criterion(fields: list) -> Criterion:
+    """From JSON, which has lists for tuples."""
+    return Criterion._make(tuple(field) if isinstance(field, list) else field for field in fields)

@@ -66,8 +66,6 @@ def judged_rewards(
             for rubric, group in zip(rubrics, lists, strict=True)
         ]
     )
-    if not row_of:
-        return {name: np.zeros(row_BG.shape, np.float32) for name in TextRubric._fields}
     criteria = [(*rubric.coverage, *rubric.specificity) for _, rubric in row_of]
     yes_NC = judge([queries for queries, _ in row_of], criteria)
     weights_RNC = np.zeros((len(TextRubric._fields), *yes_NC.shape))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxnr.errors import InputError
+from jaxnr.hosts import gather_rows, place_same
 from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on
 from jaxnr.models.decoder import Decoder, head_VD
 from jaxnr.prompting.prompt import pad_prompts, special_names
@@ -30,6 +31,8 @@ class LanguageModelJudge:
     The list is the prompt and its criteria are the completions of ``Decoder.shared``, so that what they have in common
     runs through the model once. Lists of like length go together, padded to few shapes: the list to a power of two of
     tokens, questions to a multiple of 32, their number to a multiple of four; each shape compiles once.
+
+    Where the mesh has devices of several processes, all of them ask the same.
 
     Args:
         model: a decoder with its params, wherever they lie on ``mesh``, and its tokenizer with a chat template.
@@ -82,10 +85,11 @@ class LanguageModelJudge:
         for rows, filled in self._batches(prompts):
             prompt_BS, mask_BS = self._padded([prompts[row] for row in filled])
             names_B = np.zeros(len(filled), np.int32)  # nothing is drawn
-            batch = jax.device_put((prompt_BS, mask_BS, names_B), batch_sharding(self._mesh))
+            batch = place_same((prompt_BS, mask_BS, names_B), self._mesh)
             settings = SamplingSettings(temperature=0.0)
             written = write(self._params, *batch, np.zeros(1, np.int32), number, number, settings, stop_ids)
-            tokens_BT, mask_BT = np.asarray(written.tokens_BGT)[:, 0], np.asarray(written.mask_BGT)[:, 0]
+            tokens_BGT, mask_BGT = gather_rows((written.tokens_BGT, written.mask_BGT), self._mesh)
+            tokens_BT, mask_BT = tokens_BGT[:, 0], mask_BGT[:, 0]
             mask_BT = mask_BT & ~np.isin(tokens_BT, stop_ids)
             for row, tokens_T, mask_T in zip(rows, tokens_BT, mask_BT, strict=False):
                 replies[row] = cast(str, self._tokenizer.decode(tokens_T[mask_T], clean_up_tokenization_spaces=False))
@@ -109,7 +113,7 @@ class LanguageModelJudge:
             for column, ids in enumerate(asked):
                 question_BGT[row, column, : len(ids)] = ids
                 length_BG[row, column] = len(ids)
-        batch = jax.device_put((prompt_BS, mask_BS, question_BGT, length_BG), batch_sharding(self._mesh))
+        batch = place_same((prompt_BS, mask_BS, question_BGT, length_BG), self._mesh)
         return np.asarray(self._score(self._params, *batch))
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:

@@ -48,8 +48,9 @@ class WritingJudge:
     """A judge that words the question on each facet itself, from the facet's signals; the other questions stay.
 
     A question is written once and kept in a file by content (model and message). So every step, a resumed run and the
-    evaluation ask the same, and of several processes that write at once the first decides. Where a reply is no
-    question, the template's is asked, for good, and that is counted in ``refused``.
+    evaluation ask the same, and of several processes that write at once the first decides. Those that hold the judge
+    together all find the same ones missing: none keeps what it has written before the others have begun to. Where a
+    reply is no question, the template's is asked, for good, and that is counted in ``refused``.
 
     Args:
         judge: writes and answers.

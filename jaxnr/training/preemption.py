@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+_STEPS = itertools.count(1)
+"""Of all training stages of this process. jax names the step after the latest one that any host has asked about: by the
+numbers of a single stage that could be past its end, and past those of the stages after it.
+"""
 
 
 @contextlib.contextmanager
@@ -19,7 +25,7 @@ def preemption_notice() -> Iterator[Callable[[int], bool]]:
     whichever hosts it comes, and names one step at which all of them stop. Outside the main thread nothing is caught.
     """
     if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda done: multihost_utils.reached_preemption_sync_point(next(_STEPS))
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda done: False

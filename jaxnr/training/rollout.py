@@ -126,7 +126,8 @@ def roll_out_and_score(
     """``roll_out``, with the arrays [B, G] that ``score(examples, lists)`` gives for this process's rows of it.
 
     Goes a microbatch at a time (see ``split_batch``): while the lists of one are read and scored, in a thread of its
-    own, the device samples the next.
+    own, the device samples the next. Of several processes each waits for the scores before it asks for the samples
+    after those: programs of all processes have to come in the same order in each.
     """
     prompts = place_prompts(policy, examples)
     parts = split_batch(prompts, microbatches)
@@ -143,6 +144,8 @@ def roll_out_and_score(
                 sampled.append(sample(number + 1))
             lists.append(read_lists(policy, sampled[number]))
             scoring.append(scorer.submit(score, examples_of[number], lists[number]))
+            if jax.process_count() > 1:
+                scoring[-1].result()
     scores = [dict(future.result()) for future in scoring]
     completions = _merger(policy.mesh)(sampled)
     batch = Batch(*prompts, completions.tokens_BGT, completions.mask_BGT)

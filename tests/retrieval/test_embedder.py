@@ -18,7 +18,7 @@ from jaxnr.mesh import make_mesh
 from jaxnr.models.huggingface import save
 from jaxnr.prompting.tokenizer import train_tokenizer
 from jaxnr.retrieval.embedder import TfidfSvdEmbedder, analyze, load_embedder
-from jaxnr.retrieval.sentence_encoder import SentenceEncoder
+from jaxnr.retrieval.sentence_encoder import SentenceEncoder, batch_size
 
 TOPICS = {
     "football": ["goal", "striker", "league", "penalty", "coach"],
@@ -324,3 +324,9 @@ def test_qwen3_embedding_spreads_over_a_mesh_and_computes_in_bfloat16(qwen3):
     narrow = SentenceEncoder(str(qwen3), dtype="bfloat16").embed_documents(texts)
     assert ((narrow * plain).sum(axis=1) > 0.995).all()
     assert np.abs(narrow - plain).max() > 1e-5
+
+
+def test_batches_grow_with_the_devices_beyond_eight():
+    assert [batch_size(rows, 32, ways) for ways in (1, 8) for rows in (3, 33)] == [8, 64, 8, 64]
+    assert [batch_size(rows, 32, 64) for rows in (3, 300)] == [64, 512]
+    assert batch_size(300, 1024, 16) == 16  # 8192 tokens for eight devices

@@ -1,6 +1,7 @@
 """Judges and embedders that raise cost the lists that they raise for, and stop the run when they are down."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from test_reward_model import ARTICLES, CONFIG, DRIVER, INVALID, LISTS, READER, 
 from jaxnr.errors import InputError
 from jaxnr.retrieval.embedder import TfidfSvdEmbedder
 from jaxnr.rewards.composite import summarise
-from jaxnr.rewards.failures import FIRST_ALONE, PatientJudge
+from jaxnr.rewards.criteria import text_rubric
+from jaxnr.rewards.failures import FIRST_ALONE, PatientEmbedder, PatientJudge
 
 QUESTIONS = [("is it?", "and this?"), ("is it?",), ("is it?", "and this?")]
 
@@ -148,3 +150,57 @@ def test_an_embedder_that_is_down_stops_the_run(embedder):
     model([READER, DRIVER], LISTS)
     with pytest.raises(InputError, match=r"failed on 10 of the last 10 lists.*'NoneType' object is not callable"):
         model([READER, DRIVER], LISTS)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """A second process, which asks what is in the list that this gives, before this one's."""
+    texts = []
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jaxnr.rewards.failures.union", lambda own: list(dict.fromkeys([*texts, *own])))
+    return texts
+
+
+def test_processes_that_hold_a_judge_together_ask_all_their_lists_and_each_takes_its_own(beside):
+    (about, *rest), (concrete, *_) = text_rubric(("storm florida",), (4.0,), [("a storm", "florida")])
+    judge = Refuses("bad")
+    asked = []
+
+    def note(lists, criteria):
+        asked.append((lists, criteria))
+        return judge(lists, criteria)
+
+    beside += [json.dumps([["bad"], [about, *rest, concrete]]), json.dumps([["a"], [about]])]
+    found_NC = PatientJudge(note, shared=True)([("abcd", "a"), ("a",)], [(about, concrete), (about,)])
+    np.testing.assert_array_equal(found_NC, [[0.5, 0.5], [1, np.nan]])
+    assert [len(lists) for lists, _ in asked] == [3, 1, 1, 1]  # the equal lists of both are asked about once
+    assert asked[0][1][2] == [about, concrete]
+    assert PatientJudge(note, shared=True)([], []).shape == (0, 0)
+    assert len(asked) == 4 + 3  # one that has no lists asks those of the other
+    alone_NC = PatientJudge(note)([("a",)], [(about,)])
+    np.testing.assert_array_equal(alone_NC, [[1]])
+    assert asked[-1][0] == [("a",)]
+
+
+def test_processes_that_hold_an_embedder_together_embed_all_their_texts_and_each_takes_its_own(beside, embedder):
+    calls = []
+
+    def note(texts, embed=embedder.embed_queries):
+        calls.append(list(texts))
+        return embed(texts)
+
+    expected_NE = embedder.embed_documents(["storm florida", "electric car"])
+    embedder.embed_queries, embedder.word = note, "factory"
+    beside += ["battery factory", "electric car"]
+    patient = PatientEmbedder(embedder, shared=True)
+    vectors_NE, failed_N = patient(["storm florida", "electric car"])
+    assert calls == [[*beside, "storm florida"], ["battery factory"], ["electric car"], ["storm florida"]]
+    np.testing.assert_allclose(vectors_NE, expected_NE, atol=1e-6)
+    assert not failed_N.any()
+    vectors_NE, failed_N = patient(["battery factory"])
+    assert not vectors_NE.any()
+    assert failed_N.all()
+    calls.clear()
+    vectors_NE, failed_N = patient([])
+    assert (vectors_NE.shape, failed_N.shape) == ((0, embedder.size), (0,))
+    assert calls[0] == beside

@@ -35,7 +35,7 @@ class Answers:
         self.yes, self.asked = yes, []
 
     def __call__(self, lists, criteria):
-        yes_NC = np.full((len(lists), max(map(len, criteria))), np.nan)
+        yes_NC = np.full((len(lists), max(map(len, criteria), default=0)), np.nan)
         for row, (queries, asked) in enumerate(zip(lists, criteria, strict=True)):
             self.asked += [(queries, criterion.question) for criterion in asked]
             yes_NC[row, : len(asked)] = [self.yes(queries, criterion.question) for criterion in asked]

@@ -1,5 +1,6 @@
 """SIGTERM: caught inside, given back afterwards; a second one is not caught."""
 
+import itertools
 import os
 import signal
 import threading
@@ -50,3 +51,18 @@ def test_outside_the_main_thread_nothing_is_caught(outer):
     thread.join()
     assert noticed == [False]
     assert outer == [1]
+
+
+def test_of_several_processes_steps_are_counted_through_all_stages(monkeypatch):
+    """jax stops at a step that is later than any that was asked about, also where a stage has just ended."""
+    asked = []
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", lambda step: asked.append(step) or step > 3
+    )
+    monkeypatch.setattr("jaxnr.training.preemption._STEPS", itertools.count(1))
+    with preemption_notice() as preempted_after:
+        assert [preempted_after(done) for done in (1, 2)] == [False, False]
+    with preemption_notice() as preempted_after:
+        assert [preempted_after(done) for done in (1, 2)] == [False, True]
+    assert asked == [1, 2, 3, 4]

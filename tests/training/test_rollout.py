@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import numpy as np
@@ -154,6 +155,26 @@ def test_the_next_microbatch_is_sampled_while_one_is_scored(policy):
     watched = dataclasses.replace(policy, sampler=sampler)
     roll_out_and_score(watched, random_params(policy.model), readers(4), score, 4, **DRAW)
     assert len(calls) == 4
+
+
+def test_of_several_processes_each_scores_before_it_asks_for_later_samples(policy, monkeypatch):
+    """So that what is scored by programs of all processes comes in one order in each of them."""
+    order = []
+
+    def sampler(*arguments):
+        order.append("sample")
+        return policy.sampler(*arguments)
+
+    def score(examples, lists):
+        time.sleep(0.05)
+        order.append("score")
+        return length_of(examples, lists)
+
+    params = random_params(policy.model)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jaxnr.training.rollout.largest", lambda number: number)
+    roll_out_and_score(dataclasses.replace(policy, sampler=sampler), params, readers(4), score, 4, **DRAW)
+    assert order == ["sample", *["sample", "score"] * 3, "score"]
 
 
 def test_what_a_score_raises_is_raised(policy):
