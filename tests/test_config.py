@@ -88,7 +88,8 @@ def test_quickstart_file_holds_the_defaults_with_their_comments():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_config_in_the_repository_is_valid(path):
     config = load_config(path)
-    validate(dataclasses.replace(config, data=dataclasses.replace(config.data, path="given on the command line")))
+    given = dataclasses.replace(config, data=dataclasses.replace(config.data, path="given on the command line"))
+    assert [*config_rules._out_of_bounds(given), *config_rules._problems(given)] == []
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,6 @@ def test_every_setting_has_a_help_text():
                 yield prefix + field.name
 
     assert list(undocumented(Config())) == []
-
-
-def test_defaults_are_valid():
-    validate(Config())
 
 
 def test_by_default_every_training_stage_has_a_checkpoint_before_its_last_step():
