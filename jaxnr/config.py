@@ -658,7 +658,7 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
 
     def comment(text: str) -> None:
-        lines.extend(f"# {line}" for line in textwrap.wrap(text, 100))
+        lines.extend(f"# {line}" for line in textwrap.wrap(" ".join(text.split()), 100))
 
     def write(section: Any, prefix: str) -> None:
         comment(type(section).__doc__ or "")
@@ -683,7 +683,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
     """Field to the string that stands under it in the source."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(section)).body if isinstance(node, ast.ClassDef))
     return {
-        field.target.id: " ".join(note.value.value.split())
+        field.target.id: note.value.value
         for field, note in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
