@@ -59,10 +59,10 @@ class CleaningConfig:
     """Labels, in small letters, by which an event or a classifier's answer means to keep; all others mean to drop."""
     judged_events: int = 2000
     """Events that `labels = "judge"` asks about, drawn at random."""
-    context_texts: int = 0
-    """Texts of the user before an event that the classifier which is trained here reads beside it."""
+    context_texts: int = 16
+    """Texts of the user before an event that the classifier which is trained here compares it with."""
     max_tokens: int = 64
-    """Longer inputs lose the earliest of these texts."""
+    """Longer texts are cut."""
     vocabulary_size: int = 4096
     """Of its byte-level BPE, at most."""
     hidden_size: int = 64
@@ -71,9 +71,7 @@ class CleaningConfig:
     """Attention with a feed-forward part, each."""
     heads: int = 4
     """Of an attention."""
-    strangers: float = 0.5
-    """Share of the events to keep that are given another user's text and trained on as noise, others each epoch."""
-    epochs: int = 4
+    epochs: int = 2
     """Times that every labelled event of the training users is seen."""
     batch: int = 64
     """Events a step."""
@@ -277,7 +275,7 @@ class SftConfig:
 class GrpoConfig:
     """Policy optimisation of the teacher: Dr.GRPO (arXiv 2503.20783), or one of its relatives."""
 
-    steps: int = 50
+    steps: int = 100
     """Each samples, rewards, and updates the teacher once."""
     prompts_per_step: int = 16
     """Different training prompts in a step."""
@@ -322,7 +320,7 @@ class DistillConfig:
     """On-policy distillation of the supervised student: its own samples, and at each token a divergence between its
     distribution and the teacher's."""
 
-    steps: int = 100
+    steps: int = 150
     """Each samples from the student and updates it once."""
     prompts_per_step: int = 16
     """Different training prompts in a step."""

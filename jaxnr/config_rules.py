@@ -21,18 +21,18 @@ POSITIVE = {
     "group_size", "temperature", "samples", "best_of_n", "bootstrap_resamples", "checkpoint_every",
     "teacher_lists", "align_articles", "microbatches", "lora_alpha", "lists_per_step", "concurrency", "timeout",
     "trials", "length", "size", "blocks", "heads", "negatives", "batch", "epochs", "records", "record_words",
-    "word_size", "filters", "judged_events", "max_tokens", "layers", "attention_size",
+    "word_size", "filters", "judged_events", "context_texts", "max_tokens", "layers", "attention_size",
     "neighbours", "walks", "margin", "clicks",
 }
 NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
     "lora_rank", "warm_start.steps", "clip_high", "importance_cap", "overlong_tokens", "kl_weight", "prefix_tokens",
-    "max_skipped_steps", "context_texts",
+    "max_skipped_steps",
 }
 SHARE = {
     "max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2", "dropout", "id_dropout",
-    "restart", "strangers",
+    "restart",
 }
 # fmt: on
 OWN_RULE = {"vocabulary_size", "data", "fsdp", "tensor", "lora_targets", "jsd_beta", "keep_labels"}

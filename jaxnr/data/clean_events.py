@@ -20,20 +20,11 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from jaxnr.config import Config
-from jaxnr.data.classifier import (
-    Labelled,
-    RobertaCleaner,
-    Shown,
-    TfidfCleaner,
-    load_cleaner,
-    measure,
-    shown_histories,
-    split_by_user,
-    train_roberta,
-)
+from jaxnr.data.classifier import Labelled, Shown, TfidfCleaner, measure, shown_histories, split_by_user
 from jaxnr.data.cleaning import CleaningReport, HistoryRules, Outcome, clean_histories, judge_text, normalise_text
 from jaxnr.data.readers.events import read_labels, stream_events
 from jaxnr.data.readers.report import ReadReport
+from jaxnr.data.roberta_cleaner import RobertaCleaner, load_cleaner, train_roberta
 from jaxnr.data.schema import EVENTS, Event, Tables, to_records, to_table
 from jaxnr.errors import InputError
 from jaxnr.files import read_json, write_text

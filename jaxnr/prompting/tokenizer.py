@@ -95,8 +95,8 @@ def train_byte_level(texts: Iterable[str], vocabulary_size: int, special_names: 
     return tokenizer
 
 
-def train_pair_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> PreTrainedTokenizerBase:
-    """A byte-level BPE with RoBERTa's special tokens, which reads one text or a pair: `<s>a</s></s>b</s>`.
+def train_roberta_tokenizer(texts: Iterable[str], vocabulary_size: int, folder: Path) -> PreTrainedTokenizerBase:
+    """A byte-level BPE with RoBERTa's special tokens, which makes `<s>a</s>` of a text.
 
     Saved in the Hugging Face layout and returned as loaded from there.
     """

@@ -1,30 +1,10 @@
-"""The learned cleaner: what it reads, what it learns, that it comes back from disk, and that nothing leaks."""
+"""What classifiers of events read, that nothing leaks, how they are calibrated and measured; and TF-IDF."""
 
-import dataclasses
-
-import jax
 import numpy as np
 import pytest
 
-from jaxnr.config import CleaningConfig, MeshConfig
-from jaxnr.data.classifier import (
-    Calibration,
-    Labelled,
-    Shown,
-    TfidfCleaner,
-    load_cleaner,
-    measure,
-    shown_histories,
-    split_by_user,
-    train_roberta,
-    with_strangers,
-)
+from jaxnr.data.classifier import Calibration, Labelled, Shown, TfidfCleaner, measure, shown_histories, split_by_user
 from jaxnr.errors import InputError
-from jaxnr.mesh import make_mesh
-
-CONFIG = CleaningConfig(
-    vocabulary_size=400, hidden_size=16, layers=1, heads=2, epochs=8, batch=32, max_tokens=32, context_texts=2
-)
 
 
 def labelled(events=400, users=60):
@@ -74,47 +54,12 @@ def test_platt_scaling_recovers_the_probabilities_and_the_threshold_has_the_larg
     assert f1(fitted.threshold) >= max(f1(threshold) for threshold in np.linspace(0.05, 0.95, 91)) - 1e-12
 
 
-def test_strangers_turn_some_of_what_is_kept_into_noise_where_there_is_noise():
-    data = labelled()
-    shown, noise = with_strangers(data, 0.5, np.random.default_rng(0))
-    turned = noise & ~data.noise
-    searches = np.array([event.domain == "search" for event in data.shown])
-    assert 0.35 < turned.sum() / (searches & ~data.noise).sum() < 0.65
-    assert not (turned & ~searches).any()
-    assert [event for event, is_turned in zip(shown, turned, strict=True) if not is_turned] == [
-        event for event, is_turned in zip(data.shown, turned, strict=True) if not is_turned
-    ]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def test_tfidf_learns_what_words_tell():
     parts = split_by_user(labelled(), 0, np.inf)
-    folder = tmp_path_factory.mktemp("classifier")
-    config = dataclasses.replace(CONFIG, strangers=0.0)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1), jax.devices()[:2])
-    return train_roberta(parts["train"], parts["valid"], config, folder / "tokenizer", mesh, 0), parts["test"], folder
-
-
-def test_both_cleaners_learn_what_words_tell(trained):
-    roberta, test, _ = trained
-    parts = split_by_user(labelled(), 0, np.inf)
-    for cleaner in (roberta, TfidfCleaner(parts["train"], parts["valid"])):
-        figures = measure(cleaner, test)
-        assert figures["all"]["auc"] > 0.99
-        assert figures["all"]["f1"] > 0.95
-        assert figures["news"]["auc"] is None
-        assert figures["news"]["noise"] == 0
-        assert figures["all"]["events"] == figures["news"]["events"] + figures["search"]["events"] == len(test.noise)
-
-
-def test_a_saved_cleaner_says_the_same_on_another_mesh(trained):
-    roberta, test, folder = trained
-    roberta.save(folder / "saved")
-    again = load_cleaner(str(folder / "saved"), CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
-    np.testing.assert_allclose(again.probabilities(test.shown), roberta.probabilities(test.shown), atol=1e-5)
-    assert again.calibration == roberta.calibration
-    with pytest.raises(InputError, match=r"its labels are keep, drop; expected some, not all"):
-        load_cleaner(str(folder / "saved"), dataclasses.replace(CONFIG, keep_labels=("yes",)), make_mesh(MeshConfig()))
-    (folder / "saved" / "cleaner.json").write_text('{"calibration": {}}')
-    with pytest.raises(InputError, match=r"cleaner\.json: expected the calibration"):
-        load_cleaner(str(folder / "saved"), CONFIG, make_mesh(MeshConfig()))
+    figures = measure(TfidfCleaner(parts["train"], parts["valid"]), parts["test"])
+    assert figures["all"]["auc"] > 0.99
+    assert figures["all"]["f1"] > 0.95
+    assert figures["news"]["auc"] is None
+    assert figures["news"]["noise"] == 0
+    assert figures["all"]["events"] == figures["news"]["events"] + figures["search"]["events"]
+    assert figures["all"]["events"] == len(parts["test"].noise)

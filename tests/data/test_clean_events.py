@@ -78,7 +78,7 @@ def test_a_log_by_time_is_cleaned_as_histories_are():
 @pytest.mark.slow
 def test_a_classifier_is_trained_once_and_drops_what_the_rules_leave(tmp_path, monkeypatch):
     path = write(tmp_path / "events.jsonl", log(80))
-    cleaning = dataclasses.replace(SMALL, classifier="roberta", labels=str(path), strangers=0.0, epochs=20)
+    cleaning = dataclasses.replace(SMALL, classifier="roberta", labels=str(path), epochs=20)
     config = Config(cleaning=cleaning, mesh=MeshConfig(data=-1))
     monkeypatch.setattr(clean_events, "_decide", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
