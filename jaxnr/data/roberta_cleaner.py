@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -125,7 +125,7 @@ class RobertaCleaner:
         self.calibration = calibration or Calibration()
         self._ways = batch_ways(mesh)
         self._max_tokens = min(max_tokens, model.config.max_tokens)
-        self._read = make_reader(model, params, np.array(keep), mesh)
+        self._read = make_reader(model, params, np.array(keep), mesh, compared=comparison is not None)
         self._compare = jax.jit(lambda params, *known: Comparison().apply({"params": params}, *known))
         self._readings: dict[str, np.ndarray] = {}
 
@@ -155,7 +155,7 @@ class RobertaCleaner:
             pending.append((rows, self._read(self.params, *batch)))
         for rows, (logits_N, vectors_ND) in pending:  # read back only now: the device is not waited for in between
             found = np.concatenate([np.asarray(logits_N)[:, None], np.asarray(vectors_ND)], axis=1)
-            readings |= {new[row]: reading for row, reading in zip(rows, found, strict=False)}
+            readings |= {new[row]: reading.copy() for row, reading in zip(rows, found, strict=False)}
         self._readings = dict(list({**self._readings, **readings}.items())[-_REMEMBERED:])
         return readings
 
@@ -237,12 +237,15 @@ def padded(rows: Sequence[Sequence[int]], size: int, length: int, pad_id: int) -
     return tokens_NS, mask_NS
 
 
-def make_reader(model: Classifier, params: dict, keep: np.ndarray, mesh: Mesh) -> Callable[..., Any]:
-    """The jitted ``read(params, tokens_NS, mask_NS) -> (log-odds alone [N], vectors [N, D])``."""
+def make_reader(
+    model: Classifier, params: dict, keep: np.ndarray, mesh: Mesh, compared: bool
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted ``read(params, tokens_NS, mask_NS) -> (log-odds alone [N], vectors [N, D])``, D 0 if not compared."""
     spread = batch_sharding(mesh)
 
     def read(params: dict, tokens_NS: jax.Array, mask_NS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return noise_logits(model, params, keep, tokens_NS, mask_NS), text_vectors(params, tokens_NS, mask_NS)
+        logits_N = noise_logits(model, params, keep, tokens_NS, mask_NS)
+        return logits_N, text_vectors(params, tokens_NS, mask_NS) if compared else jnp.zeros((len(logits_N), 0))
 
     return jax.jit(
         traced_on(mesh, read),
@@ -313,7 +316,7 @@ def to_batch(
     number = {text: place for place, text in enumerate(texts)}
     rows = [token_ids[text] for text in texts]
     N = max(_LEAST_TEXTS, 1 << (len(rows) - 1).bit_length())
-    S = -(-max(map(len, rows)) // 16) * 16
+    S = _rounded(max(map(len, rows)))
     before_BK, known_BK = np.zeros((size, context), np.int32), np.zeros((size, context), bool)
     for row, event in enumerate(events):
         known_BK[row, : len(event.before)] = True
@@ -333,6 +336,11 @@ def to_batch(
     )
 
 
+def _rounded(length: int) -> int:
+    """Up, to one of few lengths."""
+    return -(-length // 16) * 16
+
+
 PAD = 1
 """Number of the padding token in RoBERTa's vocabulary, and so in that of a small one."""
 
@@ -349,7 +357,7 @@ def train_roberta(
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         intermediate_size=2 * config.hidden_size,
-        max_position_embeddings=config.max_tokens + PAD + 1,
+        max_position_embeddings=_rounded(config.max_tokens) + PAD + 1,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         hidden_act="gelu",

@@ -14,7 +14,7 @@ from jaxnr.mesh import make_mesh
 from jaxnr.models.huggingface import save
 
 CONFIG = CleaningConfig(
-    vocabulary_size=400, hidden_size=16, layers=1, heads=2, epochs=12, batch=32, max_tokens=32, context_texts=2
+    vocabulary_size=400, hidden_size=16, layers=1, heads=2, epochs=12, batch=32, max_tokens=20, context_texts=2
 )
 SUBJECTS = (
     ("oil price", "crude barrel", "opec output"),
