@@ -124,6 +124,7 @@ class Cleaner(Protocol):
 
     def probabilities(self, shown: Sequence[Shown]) -> np.ndarray:
         """P(noise) [N]."""
+        ...
 
 
 class TfidfCleaner:

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -62,7 +62,7 @@ class Comparison(nn.Module):
     ) -> jax.Array:
         """``known_BK`` is false where there is no text; ``domain_B`` counts ``DOMAINS``."""
         # Which directions count is learned, beginning with all of them alike.
-        project = nn.Dense(vectors_BD.shape[-1], use_bias=False, kernel_init=lambda _, shape, dtype: jnp.eye(*shape))
+        project = nn.Dense(vectors_BD.shape[-1], use_bias=False, kernel_init=_identity)
         sharpness = jnp.exp(self.param("log_sharpness", nn.initializers.constant(np.log(8.0)), ()))
         cosine_BK = jnp.einsum("BD,BKD->BK", _unit(project(vectors_BD)), _unit(project(before_BKD)))
         count_B = known_BK.sum(axis=1)
@@ -95,6 +95,10 @@ def text_vectors(params: dict, tokens_NS: Array, mask_NS: Array) -> jax.Array:
     Not their last hidden states: those of a small model that is trained on labels alone do not learn to be compared.
     """
     return mean_pool(params["encoder"]["word_embeddings"]["embedding"][tokens_NS], jnp.asarray(mask_NS))
+
+
+def _identity(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    return jnp.eye(*shape, dtype=dtype)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -216,7 +220,7 @@ def _load_comparison(path: Path, vector_size: int) -> dict:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not the comparison of a classifier that `jaxnr clean` trained: {error}") from error
-    expected = {key: array.shape for key, array in flatten_dict(fresh_comparison(vector_size, 0), sep="/").items()}
+    expected = flatten_dict(jax.tree.map(jnp.shape, fresh_comparison(vector_size, 0)), sep="/")
     if (found := {key: array.shape for key, array in arrays.items()}) != expected:
         raise InputError(f"{path}: holds {found}; expected {expected}.")
     return cast(dict, unflatten_dict(arrays, sep="/"))
@@ -322,7 +326,7 @@ def to_batch(
         known_BK[row, : len(event.before)] = True
         before_BK[row, : len(event.before)] = [number[text] for text in event.before]
 
-    def filled(values: Sequence, kind: type) -> np.ndarray:
+    def filled(values: Any, kind: type) -> np.ndarray:
         return np.pad(np.asarray(values, kind), (0, size - len(values)))
 
     return Batch(
