@@ -13,6 +13,8 @@ from jaxnr.errors import InputError
 from jaxnr.mesh import make_mesh
 from jaxnr.models.huggingface import save
 
+pytestmark = pytest.mark.xdist_group("roberta_cleaner")  # trained once
+
 CONFIG = CleaningConfig(
     vocabulary_size=400, hidden_size=16, layers=1, heads=2, epochs=12, batch=32, max_tokens=20, context_texts=2
 )
