@@ -31,7 +31,7 @@ from jaxnr.errors import InputError
 from jaxnr.files import read_json, write_text
 from jaxnr.mesh import batch_sharding, batch_ways, replicated, traced_on, tree_shardings
 from jaxnr.models.encoder import Classifier, EncoderConfig, init_params, mean_pool
-from jaxnr.models.huggingface import load, save
+from jaxnr.models.huggingface import Loaded, load, save
 from jaxnr.prompting.tokenizer import train_roberta_tokenizer
 from jaxnr.retrieval.sentence_encoder import length_batches
 from jaxnr.training.fresh import Parts, token_vectors
@@ -44,6 +44,8 @@ _REMEMBERED = 2**16
 _BLOCK = 16
 """Events of one user in a row that are trained on together, since they have texts before them in common."""
 _LEAST_TEXTS = 128
+PAD = 1
+"""Number of the padding token in RoBERTa's vocabulary, and so in that of a small one."""
 Array = np.ndarray | jax.Array
 
 
@@ -105,43 +107,54 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
 
+class Compared(NamedTuple):
+    """How a classifier compares."""
+
+    params: dict
+    """Of a ``Comparison``."""
+    context: int
+    """Texts before an event, at most."""
+
+
 class RobertaCleaner:
     """P(noise) of events: texts padded to few lengths, spread over the mesh, one program a length.
 
-    ``comparison`` are the parameters of a ``Comparison`` with up to ``context`` texts before; without, texts are judged
-    alone.
+    ``loaded`` is a ``Classifier``; ``keep`` says which of its labels mean to keep. Without ``compared``, texts are
+    judged alone.
     """
 
     def __init__(
         self,
-        model: Classifier,
-        params: dict,
-        tokenizer: PreTrainedTokenizerBase,
+        loaded: Loaded,
         mesh: Mesh,
         keep: Sequence[bool],
         max_tokens: int,
-        comparison: dict | None = None,
-        context: int = 0,
+        compared: Compared | None = None,
         calibration: Calibration | None = None,
     ):
-        self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.comparison, self.context = comparison, context
+        self.loaded, self.compared = loaded, compared
         self.calibration = calibration or Calibration()
+        model = cast(Classifier, loaded.model)
+        self._shape = model.config
         self._ways = batch_ways(mesh)
         self._max_tokens = min(max_tokens, model.config.max_tokens)
-        self._read = make_reader(model, params, np.array(keep), mesh, compared=comparison is not None)
+        self._read = make_reader(model, loaded.params, np.array(keep), mesh, compared is not None)
         self._compare = jax.jit(lambda params, *known: Comparison().apply({"params": params}, *known))
         self._readings: dict[str, np.ndarray] = {}
 
+    @property
+    def context(self) -> int:
+        """Texts before an event that are read, at most."""
+        return self.compared.context if self.compared else 0
+
     def logits(self, shown: Sequence[Shown]) -> np.ndarray:
         """Log-odds of noise [N], before calibration."""
-        context = self.context if self.comparison is not None else 0
-        wanted = dict.fromkeys(text for event in shown for text in (event.text, *event.before[:context]))
+        wanted = dict.fromkeys(text for event in shown for text in (event.text, *event.before[: self.context]))
         readings = self._readings_of(list(wanted))
-        if self.comparison is None:
+        if self.compared is None:
             return np.array([readings[event.text][0] for event in shown])
         parts = [shown[i : i + _EVENTS_A_COMPARISON] for i in range(0, len(shown), _EVENTS_A_COMPARISON)]
-        return np.concatenate([np.zeros(0), *(self._compared(part, readings) for part in parts)])
+        return np.concatenate([np.zeros(0), *(self._compare_all(self.compared, part, readings) for part in parts)])
 
     def probabilities(self, shown: Sequence[Shown]) -> np.ndarray:
         """P(noise) [N]."""
@@ -151,35 +164,36 @@ class RobertaCleaner:
         """Of every text its log-odds alone, followed by its vector."""
         readings = {text: self._readings[text] for text in texts if text in self._readings}
         new = [text for text in texts if text not in readings]
-        token_ids = token_ids_of(self.tokenizer, new, self._max_tokens)
+        token_ids = token_ids_of(self.loaded.tokenizer, new, self._max_tokens)
         pending = []
         for length, rows in length_batches({row: len(ids) for row, ids in enumerate(token_ids)}, self._max_tokens):
             size = len(rows) + -len(rows) % max(self._ways, 8)
-            batch = padded([token_ids[row] for row in rows], size, length, self.model.config.pad_token_id)
-            pending.append((rows, self._read(self.params, *batch)))
+            batch = padded([token_ids[row] for row in rows], size, length, self._shape.pad_token_id)
+            pending.append((rows, self._read(self.loaded.params, *batch)))
         for rows, (logits_N, vectors_ND) in pending:  # read back only now: the device is not waited for in between
             found = np.concatenate([np.asarray(logits_N)[:, None], np.asarray(vectors_ND)], axis=1)
             readings |= {new[row]: reading.copy() for row, reading in zip(rows, found, strict=False)}
         self._readings = dict(list({**self._readings, **readings}.items())[-_REMEMBERED:])
         return readings
 
-    def _compared(self, shown: Sequence[Shown], readings: dict[str, np.ndarray]) -> np.ndarray:
-        size, D = _EVENTS_A_COMPARISON, self.model.config.hidden_size
-        own = np.zeros((size, 1 + D), np.float32)
-        before_BKD = np.zeros((size, self.context, D), np.float32)
-        known_BK, domain_B = np.zeros((size, self.context), bool), np.zeros(size, np.int32)
+    def _compare_all(self, compared: Compared, shown: Sequence[Shown], readings: dict[str, np.ndarray]) -> np.ndarray:
+        size, K, D = _EVENTS_A_COMPARISON, compared.context, self._shape.hidden_size
+        own, before_BKD = np.zeros((size, 1 + D), np.float32), np.zeros((size, K, D), np.float32)
+        known_BK, domain_B = np.zeros((size, K), bool), np.zeros(size, np.int32)
         for row, event in enumerate(shown):
             own[row], domain_B[row] = readings[event.text], DOMAINS.index(event.domain)
-            for place, text in enumerate(event.before[: self.context]):
+            for place, text in enumerate(event.before[:K]):
                 before_BKD[row, place], known_BK[row, place] = readings[text][1:], True
-        logits_B = self._compare(self.comparison, own[:, 0], own[:, 1:], before_BKD, known_BK, domain_B)
+        logits_B = self._compare(compared.params, own[:, 0], own[:, 1:], before_BKD, known_BK, domain_B)
         return np.asarray(logits_B, np.float64)[: len(shown)]
 
     def save(self, folder: Path) -> None:
         """A Hugging Face checkpoint with the comparison and the calibration beside it; what was there is replaced."""
         shutil.rmtree(folder, ignore_errors=True)
-        save(folder, self.model, self.params, self.tokenizer)
-        arrays = flatten_dict(jax.tree.map(np.asarray, self.comparison), sep="/")
+        save(folder, *self.loaded)
+        if self.compared is None:
+            return
+        arrays = flatten_dict(jax.tree.map(np.asarray, self.compared.params), sep="/")
         save_file(cast(dict, arrays), folder / COMPARISON_FILE)
         calibration = self.calibration._asdict()
         content = {"context_texts": self.context, "max_tokens": self._max_tokens, "calibration": calibration}
@@ -200,10 +214,9 @@ def load_cleaner(name: str, config: CleaningConfig, mesh: Mesh) -> RobertaCleane
             f"{name}: its labels are {', '.join(loaded.model.labels)}; expected some, not all, in "
             f"cleaning.keep_labels ({', '.join(config.keep_labels)})."
         )
-    parts = loaded.model, loaded.params, loaded.tokenizer, mesh, keep
     path = Path(name) / SETTINGS_FILE
     if not path.is_file():
-        return RobertaCleaner(*parts, config.max_tokens)
+        return RobertaCleaner(loaded, mesh, keep, config.max_tokens)
     expected = "the calibration of a classifier that `jaxnr clean` trained"
     content = read_json(path, expected)
     try:
@@ -212,7 +225,7 @@ def load_cleaner(name: str, config: CleaningConfig, mesh: Mesh) -> RobertaCleane
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: expected {expected} ({error!r}).") from error
     comparison = _load_comparison(path.with_name(COMPARISON_FILE), loaded.model.config.hidden_size)
-    return RobertaCleaner(*parts, max_tokens, comparison, context, calibration)
+    return RobertaCleaner(loaded, mesh, keep, max_tokens, Compared(comparison, context), calibration)
 
 
 def _load_comparison(path: Path, vector_size: int) -> dict:
@@ -345,10 +358,6 @@ def _rounded(length: int) -> int:
     return -(-length // 16) * 16
 
 
-PAD = 1
-"""Number of the padding token in RoBERTa's vocabulary, and so in that of a small one."""
-
-
 def train_roberta(
     train: Labelled, valid: Labelled, config: CleaningConfig, folder: Path, mesh: Mesh, seed: int
 ) -> RobertaCleaner:
@@ -387,8 +396,9 @@ def train_roberta(
             rows = order[start : start + size]
             events = [train.shown[row] for row in rows]
             state, _ = step(state, to_batch(events, train.noise[rows], token_ids, size, config.context_texts, ways))
-    trained = state.params["roberta"], tokenizer, mesh, (True, False), config.max_tokens
-    cleaner = RobertaCleaner(model, *trained, state.params["comparison"], config.context_texts)
+    trained = Loaded(model, state.params["roberta"], tokenizer)
+    compared = Compared(state.params["comparison"], config.context_texts)
+    cleaner = RobertaCleaner(trained, mesh, (True, False), config.max_tokens, compared)
     cleaner.calibration = Calibration.fit(cleaner.logits(valid.shown), valid.noise)
     return cleaner
 

@@ -108,7 +108,7 @@ def test_a_saved_cleaner_says_the_same_on_another_mesh(trained):
 
 def test_a_classifier_from_elsewhere_judges_the_text_alone(trained):
     roberta, _, folder = trained
-    save(folder / "elsewhere", roberta.model, roberta.params, roberta.tokenizer)
+    save(folder / "elsewhere", *roberta.loaded)
     plain = load_cleaner(str(folder / "elsewhere"), CONFIG, make_mesh(MeshConfig(), jax.devices()[:1]))
     event = Shown("search", "oil price", ("win free prize",))
     assert plain.logits([event])[0] == plain.logits([event._replace(before=(), domain="web")])[0]
