@@ -71,10 +71,16 @@ def plan(
         highlight=False,
     )
     started = time.monotonic()
+    done: list[tuple[Program, Needs]] = []
 
     def compiled(program: Program) -> Needs:
+        """Of a program that several stages share, the embedder's and the judge's, once."""
+        for same, needs in done:
+            if same is program:
+                return needs
         trips = config.prompt.max_new_tokens - 1
         needs = compile_program(program, slice_, mesh.size, trips)
+        done.append((program, needs))
         verdict = f"{_gib(needs.peak)} GiB" if needs.fits else f"does not fit ({_gib(needs.peak)} GiB)"
         console.print(f"[{time.monotonic() - started:5.0f} s] {program.name}: {verdict}", markup=False, highlight=False)
         return needs

@@ -23,6 +23,10 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%[\w.\-]+(?:, )?)+)"
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
+_OVERLAPPED = "async_collective_fusion_config"
+"""Stands by a collective that goes on while fusions compute something else: one fusion starts it, others carry it on in
+steps, one waits for its end, and each has it in its text."""
+_STARTS, _ENDS = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 _NO_TRAFFIC = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota"),
     *("after-all", "partition-id", "replica-id", "optimization-barrier"),
@@ -62,13 +66,21 @@ class Program:
             elif found := _LINE.match(line):
                 body.append(_parse(found[1], found[2]))
         self._shape_of = {line.name: line.shape for body in self.computations.values() for line in body}
+        self._carried_on = {
+            line.name
+            for body in self.computations.values()
+            if not any(_STARTS in line.attributes for line in body)
+            for line in body
+            if _OVERLAPPED in line.attributes
+        }
+        """Collectives that were started before, which neither communicate nor move their arrays once more."""
 
     def collectives(self) -> dict[str, Collective]:
         """Kind to what a device runs of it, in a program that runs once."""
         counts, sizes = defaultdict(int), defaultdict(float)
         for times, instruction in self._runs(into_fusions=True):
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and instruction.name not in self._carried_on:
                 counts[kind] += times
                 # What starts one gives its operands and then its results.
                 sizes[kind] += times * max(map(_array_bytes, _ARRAY.finditer(instruction.shape)), default=0.0)
@@ -151,6 +163,8 @@ class Program:
             array = waiting.pop()
             for line in (line for line in body if array in line.operands):
                 first = line.operands[0] == array
+                if line.opcode == "tuple" or line.name in self._carried_on or _ENDS in line.attributes:
+                    continue  # handed on
                 if line.opcode == "bitcast":
                     waiting.append(line.name)
                 elif line.opcode in _SLICES and first:
@@ -163,10 +177,19 @@ class Program:
         return total
 
     def _written(self, name: str) -> float:
-        """Bytes that a fused computation writes: of an array that it updates in place, the update."""
+        """Bytes that a fused computation writes: of an array that it updates in place, the update, and of what it does
+        for a collective beside its own work, the result of one that it starts."""
         body = self.computations.get(name, [])
-        updates = [line.operands[1] for line in body if line.opcode == "dynamic-update-slice"]
-        return sum(_all_bytes(self._shape_of[update]) for update in updates) if updates else math.inf
+        if updates := [line.operands[1] for line in body if line.opcode == "dynamic-update-slice"]:
+            return sum(_all_bytes(self._shape_of[update]) for update in updates)
+        if not any(_OVERLAPPED in line.attributes for line in body):
+            return math.inf
+        handed_on = {line.name for line in body if line.opcode == "parameter"} | self._carried_on
+        root = body[-1]
+        if root.opcode == "tuple":
+            return sum(_memory_bytes(self._shape_of[part]) for part in root.operands if part not in handed_on)
+        started = [line for line in body if _OVERLAPPED in line.attributes and line.name not in self._carried_on]
+        return sum(_memory_bytes(line.shape) for line in started)
 
 
 def _parse(name: str, rest: str) -> Instruction:

@@ -105,3 +105,49 @@ def test_of_a_conditional_the_branch_that_moves_least_is_taken():
     functions = (choose, choose_other, dear)
     first, second, one = (Program(jax.jit(f).lower(x).compile().as_text()).memory_bytes() for f in functions)
     assert max(first, second) < one
+
+
+OVERLAPPED_TEXT = """HloModule jit_f, is_scheduled=true
+
+%starts (p.0: bf16[64,8]) -> (bf16[64,8], bf16[64,128], s32[2]) {
+  %p.0 = bf16[64,8]{0,1:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[64,128]{0,1:T(8,128)(2,1)} all-gather(%p.0), channel_id=3, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %started = (bf16[64,8]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, s32[2]{0:S(4)}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q.0: bf16[64,8], q.1: bf16[64,128], q.2: s32[2], q.3: f32[16,16]) -> (f32[16,16], bf16[64,8], bf16[64,128], bf16[64,128], s32[2]) {
+  %q.0 = bf16[64,8]{0,1:T(8,128)(2,1)} parameter(0)
+  %q.1 = bf16[64,128]{0,1:T(8,128)(2,1)} parameter(1)
+  %q.2 = s32[2]{0:S(4)} parameter(2)
+  %q.3 = f32[16,16]{1,0:T(8,128)} parameter(3)
+  %gather.2 = bf16[64,128]{0,1:T(8,128)(2,1)} all-gather(%q.0), channel_id=3, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  %work = f32[16,16]{1,0:T(8,128)} tanh(%q.3)
+  ROOT %both = (f32[16,16]{1,0:T(8,128)}, bf16[64,8]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, s32[2]{0:S(4)}) tuple(%work, %q.0, %q.1, %gather.2, %q.2)
+}
+
+%ends (r.0: bf16[64,8], r.1: bf16[64,128], r.2: s32[2]) -> bf16[64,128] {
+  %r.0 = bf16[64,8]{0,1:T(8,128)(2,1)} parameter(0)
+  %r.1 = bf16[64,128]{0,1:T(8,128)(2,1)} parameter(1)
+  %r.2 = s32[2]{0:S(4)} parameter(2)
+  %gather.3 = bf16[64,128]{0,1:T(8,128)(2,1)} all-gather(%r.0), channel_id=3, dimensions={1}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %ended = bf16[64,128]{0,1:T(8,128)(2,1)} custom-call(%r.0, %r.1, %gather.3, %r.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a.0: bf16[64,8], a.1: f32[16,16]) -> bf16[64,128] {
+  %a.0 = bf16[64,8]{0,1:T(8,128)(2,1)} parameter(0)
+  %a.1 = f32[16,16]{1,0:T(8,128)} parameter(1)
+  %start = (bf16[64,8]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, s32[2]{0:S(4)}) fusion(%a.0), kind=kCustom, calls=%starts
+  %s.0 = bf16[64,8]{0,1:T(8,128)(2,1)} get-tuple-element(%start), index=0
+  %s.1 = bf16[64,128]{0,1:T(8,128)(2,1)} get-tuple-element(%start), index=1
+  %s.2 = s32[2]{0:S(4)} get-tuple-element(%start), index=2
+  %step = (f32[16,16]{1,0:T(8,128)}, bf16[64,8]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, bf16[64,128]{0,1:T(8,128)(2,1)}, s32[2]{0:S(4)}) fusion(%s.0, %s.1, %s.2, %a.1), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %done = bf16[64,128]{0,1:T(8,128)(2,1)} fusion(%s.0, %s.1, %s.2), kind=kCustom, calls=%ends
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_fusions_carry_on_beside_their_own_work_counts_once():
+    program = Program(OVERLAPPED_TEXT)
+    part, whole, work = 64 * 8 * 2, 64 * 128 * 2, 16 * 16 * 4
+    assert program.collectives() == {"all-gather": Collective(1, whole)}
+    assert program.memory_bytes() == part + whole + 2 * work
