@@ -255,14 +255,21 @@ def test_sigterm_on_one_of_two_processes_stops_both_and_the_resumed_run_is_bit_e
 
 
 @pytest.mark.slow
-def test_where_the_second_process_is_killed_the_first_ends_within_two_minutes_and_says_why(tmp_path):
+@pytest.mark.parametrize(
+    ("killed", "why"),
+    [
+        (0, "Either the leader task was preempted/died/restarted"),
+        (1, "Task 1 heartbeat timeout. This indicates that the remote task has failed"),
+    ],
+)
+def test_where_one_of_two_processes_is_killed_the_other_ends_within_two_minutes_and_says_why(tmp_path, killed, why):
     out = tmp_path / "run"
     with started(FAULTY, out, "data,sft,grpo", processes=2, devices=1) as running:
         wait_for_step(out, 1, running)
-        running[1].kill()
-        assert running[0].wait(timeout=150) not in (0, None)
-    _, problem = said(out, 0)
-    assert "Task 1 heartbeat timeout. This indicates that the remote task has failed" in problem
+        running[killed].kill()
+        assert running[1 - killed].wait(timeout=150) not in (0, None)
+    _, problem = said(out, 1 - killed)
+    assert why in problem
 
 
 def test_what_the_first_process_cannot_use_stops_all_of_them(tmp_path):
