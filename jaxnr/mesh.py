@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,7 +58,8 @@ WHOLE_LOGITS = P(None, AXES)
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of the run. Raises InputError when the axes do not multiply to the number of devices."""
+    """The mesh of the run. Raises InputError when the axes do not multiply to the number of devices, and for more than
+    one TPU slice."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = int(np.prod([size for size in sizes if size > 0]))
@@ -69,7 +71,11 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     shape = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(shape)) != len(devices):
         raise InputError(f"mesh: {dict(zip(AXES, shape, strict=True))} does not use all {len(devices)} devices.")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        raise InputError("mesh: the devices are those of several TPU slices; expected one slice.")
+    # On a torus an axis may be a part of a physical one: 16 × 2 on 4 × 8 chips.
+    laid_out = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:

@@ -1,5 +1,7 @@
 """The mesh and the table from parameter path to PartitionSpec."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,6 +58,12 @@ def test_the_mesh_has_the_configured_shape_and_automatic_axes(config, shape):
 def test_sizes_that_do_not_fit_the_devices_are_an_input_error(config):
     with pytest.raises(InputError, match="mesh"):
         make_mesh(config)
+
+
+def test_devices_of_several_slices_are_an_input_error():
+    devices = [SimpleNamespace(slice_index=index // 4) for index in range(8)]
+    with pytest.raises(InputError, match="several TPU slices"):
+        make_mesh(MeshConfig(), devices)
 
 
 def leaves(tree, mesh):

@@ -4,19 +4,23 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxnr.config import Config, JudgeConfig, MeshConfig, ModelConfig, PromptConfig
+from jaxnr.config import Config, JudgeConfig, MeshConfig, ModelConfig, PromptConfig, load_config
 from jaxnr.errors import InputError
-from jaxnr.mesh import make_mesh, replicated
+from jaxnr.mesh import check_batch_sizes, make_mesh, replicated
 from jaxnr.plan import _changes, _largest, add_up
 from jaxnr.planning.compile import Needs, wanted_bytes
 from jaxnr.planning.programs import STAGES, Resident, Stage, bytes_a_device, plan_stages
+from jaxnr.planning.slices import Slice, find_slice, slice_devices, without_a_tpu
 from jaxnr.rewards.judge import WRITTEN_TOKENS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 SMALL = dataclasses.replace(
     Config(),
@@ -240,11 +244,26 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(tmp_path):
 
 def test_slice_devices_of_a_topology_that_libtpu_does_not_have_is_an_input_error():
     pytest.importorskip("libtpu")
-    from jaxnr.planning.slices import Slice, find_slice, slice_devices
-
     odd = find_slice("v5e-4")
     with pytest.raises(InputError, match="topology"):
         slice_devices(Slice("odd", odd.chip, 7, "7x1x1x1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name"),
+    [
+        *(("paper-full", slice_name) for slice_name in ("v5e-64", "v6e-32", "v5p-64")),
+        *(("paper", slice_name) for slice_name in ("v5e-16", "v6e-8")),
+    ],
+)
+def test_the_ready_configs_have_meshes_and_batches_for_their_slices(name, slice_name):
+    pytest.importorskip("libtpu")
+    without_a_tpu()
+    slice_ = find_slice(slice_name)
+    config = load_config(CONFIGS / f"{name}.toml")
+    mesh = make_mesh(config.mesh, list(slice_devices(slice_)))
+    check_batch_sizes(config, mesh)
+    assert mesh.size == slice_.chips
 
 
 def test_replicated_trees_take_their_whole_size_on_every_device():
