@@ -60,7 +60,7 @@ def train(
     """
     started, earlier, skipped = time.monotonic(), 0.0, 0
     preempted = False
-    with Checkpoints(folder) as checkpoints, preemption_notice() as preempted_after:
+    with preemption_notice() as preemption_came, Checkpoints(folder) as checkpoints:
         saved = checkpoints.newest_whole()
         checkpoints.discard_after(-1 if saved is None else saved)
         if saved is None and not steps:
@@ -95,15 +95,16 @@ def train(
                             f"{max_skipped_steps}."
                         )
                     logger.warning("%s. The step is skipped, the %s of this stage.", problem, _th(skipped))
-                preempted = preempted_after(index + 1)
+                done, preempted = index + 1, preemption_came()
                 if preempted or (index + 1) % checkpoint_every == 0 or index + 1 == steps:
                     seconds = round(earlier + time.monotonic() - started, 3)
                     data_state = batches.get_state() | {"seconds": seconds, "skipped": skipped}
                     checkpoints.save(index + 1, state, data_state)
                 if preempted:
                     break
-    if preempted:  # the checkpoint is on disk
-        raise Preempted(f"stopped by SIGTERM after step {index + 1} of {steps} of {stage}, which is saved")
+    # The checkpoint is on disk; the last takes its time, in which SIGTERM may come too.
+    if preempted or preemption_came():
+        raise Preempted(f"stopped by SIGTERM after step {done} of {steps} of {stage}, which is saved")
     return state
 
 

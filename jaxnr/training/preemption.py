@@ -18,17 +18,17 @@ numbers of a single stage that could be past its end, and past those of the stag
 
 
 @contextlib.contextmanager
-def preemption_notice() -> Iterator[Callable[[int], bool]]:
-    """Catches SIGTERM; what it yields says, asked after each step with the steps done, whether to stop there.
+def preemption_notice() -> Iterator[Callable[[], bool]]:
+    """Catches SIGTERM; what it yields says, asked after each step and after the last save, whether to stop there.
 
     A second SIGTERM does what the first would have done otherwise. Under jax.distributed, jax catches the signal, on
     whichever hosts it comes, and names one step at which all of them stop. Outside the main thread nothing is caught.
     """
     if jax.distributed.is_initialized():
-        yield lambda done: multihost_utils.reached_preemption_sync_point(next(_STEPS))
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(_STEPS))
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda done: False
+        yield lambda: False
         return
     came = threading.Event()
 
@@ -39,6 +39,6 @@ def preemption_notice() -> Iterator[Callable[[int], bool]]:
     before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL  # None for a handler that is not Python's
     signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda done: came.is_set()
+        yield lambda: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -138,6 +138,18 @@ def test_sigterm_in_the_last_step_still_stops_the_run(tmp_path, sft, uninterrupt
     assert_same(run(tmp_path, sft, killed_at=0), uninterrupted[0])
 
 
+def test_sigterm_while_the_last_checkpoint_is_written_is_not_lost_on_the_stages_after_it(tmp_path, sft, monkeypatch):
+    def save(self, step, *content):
+        whole_save(self, step, *content)
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole_save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Preempted, match="after step 7 of 7"):
+        run(tmp_path, sft)
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, sft, uninterrupted, caplog):
     run(tmp_path, sft)
     largest = max((tmp_path / "checkpoints" / "7").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())

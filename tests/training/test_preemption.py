@@ -20,11 +20,11 @@ def outer():
 
 
 def test_the_first_sigterm_is_noticed_and_the_second_does_what_it_did_before(outer):
-    with preemption_notice() as preempted_after:
-        assert not preempted_after(1)
+    with preemption_notice() as preemption_came:
+        assert not preemption_came()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preempted_after(2)
-        assert preempted_after(3)
+        assert preemption_came()
+        assert preemption_came()
         assert outer == []
         os.kill(os.getpid(), signal.SIGTERM)
         assert outer == [1]
@@ -41,9 +41,9 @@ def test_the_handler_is_given_back_after_an_error(outer):
 
 def test_outside_the_main_thread_nothing_is_caught(outer):
     def inside():
-        with preemption_notice() as preempted_after:
+        with preemption_notice() as preemption_came:
             os.kill(os.getpid(), signal.SIGTERM)
-            noticed.append(preempted_after(1))
+            noticed.append(preemption_came())
 
     noticed = []
     thread = threading.Thread(target=inside)
@@ -61,8 +61,8 @@ def test_of_several_processes_steps_are_counted_through_all_stages(monkeypatch):
         "jax.experimental.multihost_utils.reached_preemption_sync_point", lambda step: asked.append(step) or step > 3
     )
     monkeypatch.setattr("jaxnr.training.preemption._STEPS", itertools.count(1))
-    with preemption_notice() as preempted_after:
-        assert [preempted_after(done) for done in (1, 2)] == [False, False]
-    with preemption_notice() as preempted_after:
-        assert [preempted_after(done) for done in (1, 2)] == [False, True]
+    with preemption_notice() as preemption_came:
+        assert [preemption_came() for _ in range(2)] == [False, False]
+    with preemption_notice() as preemption_came:
+        assert [preemption_came() for _ in range(2)] == [False, True]
     assert asked == [1, 2, 3, 4]
