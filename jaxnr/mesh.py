@@ -71,7 +71,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     shape = [len(devices) // fixed if size == -1 else size for size in sizes]
     if int(np.prod(shape)) != len(devices):
         raise InputError(f"mesh: {dict(zip(AXES, shape, strict=True))} does not use all {len(devices)} devices.")
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    # GPUs have a slice_index too, their host's; between hosts of one cluster an axis may lie.
+    if len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) > 1:
         raise InputError("mesh: the devices are those of several TPU slices; expected one slice.")
     # On a torus an axis may be a part of a physical one: 16 × 2 on 4 × 8 chips.
     laid_out = create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -60,8 +60,8 @@ def test_sizes_that_do_not_fit_the_devices_are_an_input_error(config):
         make_mesh(config)
 
 
-def test_devices_of_several_slices_are_an_input_error():
-    devices = [SimpleNamespace(slice_index=index // 4) for index in range(8)]
+def test_devices_of_several_tpu_slices_are_an_input_error():
+    devices = [SimpleNamespace(platform="tpu", slice_index=index // 4) for index in range(8)]
     with pytest.raises(InputError, match="several TPU slices"):
         make_mesh(MeshConfig(), devices)
 
