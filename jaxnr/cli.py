@@ -90,7 +90,7 @@ class Plan:
     programs: tuple[str, ...] = ()
     """Of these the programs to compile, by name; all, when not given."""
     largest_batch: bool = False
-    """Search the largest batch of each stage too: up to six compilations more of each program."""
+    """Search the largest batch of each stage too, of the named programs: up to seven compilations more of each."""
     json: Path | None = None
     """File for the numbers."""
     config: Annotated[Config, tyro.conf.arg(name="")] = _DEFAULTS

@@ -21,13 +21,11 @@ from jaxnr.errors import InputError
 from jaxnr.files import write_text
 from jaxnr.mesh import batch_ways, check_batch_sizes, make_mesh
 from jaxnr.planning.compile import Needs, compile_program
-from jaxnr.planning.programs import STAGES, Program, Stage, bytes_a_device, plan_stages
+from jaxnr.planning.largest_batch import LargestBatch, largest_batch_of
+from jaxnr.planning.programs import SECTIONS, STAGES, Program, Stage, bytes_a_device, plan_stages, replaced
 from jaxnr.planning.slices import Slice, find_slice, slice_devices
 
 _GIB = 2.0**30
-_BATCH_OF = {"warm_start": "warm_start", "grpo": "grpo", "distill": "distill", "evaluate": "evaluation"}
-_MOST_COMPILES = 6
-"""In the search of one stage's largest batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +92,13 @@ def plan(
         _print_stage(part, slice_, console)
     largest = {}
     if largest_batch:
-        for part in plans:
-            found = largest_batch_of(config, part.stage, slice_, devices, compiled)
-            largest[part.stage] = found
-            console.print(f"{part.stage}: the largest `{_BATCH_OF[part.stage]}.prompts_per_step` that fits is {found}")
+        for stage, part in zip(planned, plans, strict=True):
+            chosen = [need.program for need in part.needs]
+            wholes = [need.program for need in part.needs if need.part_of not in chosen]
+            found = largest_batch_of(config, stage, slice_.usable, mesh, wholes, compiled)
+            if found is not None:
+                largest[stage.name] = found._asdict()
+                console.print(_in_words(found, f"{stage.name}: {SECTIONS[stage.name]}.prompts_per_step"))
     advice = {}
     for part in plans:
         if not part.fits:
@@ -136,50 +137,6 @@ def add_up(stage: Stage, needs: list[Needs], usable: float) -> StagePlan:
     return StagePlan(stage=stage.name, residents=residents, needs=needs, peak=peak, fits=fits)
 
 
-def with_batch(config: Config, stage: str, prompts: int) -> Config:
-    """The config with another batch in a stage."""
-    section = getattr(config, _BATCH_OF[stage])
-    return dataclasses.replace(config, **{_BATCH_OF[stage]: dataclasses.replace(section, prompts_per_step=prompts)})
-
-
-def largest_batch_of(
-    config: Config, stage: str, slice_: Slice, devices: list, compiled: Callable[[Program], Needs]
-) -> int:
-    """The most prompts a step of a stage, with the config's group size and microbatches, verified by compiling.
-
-    Memory is close to linear in the batch: two batches give the line, and the batch at its end is compiled, then
-    smaller ones until one fits. 0 where the smallest does not.
-    """
-    mesh = make_mesh(config.mesh, devices)
-    unit = batch_ways(mesh) * getattr(getattr(config, _BATCH_OF[stage]), "microbatches", 1)
-
-    def peak(units: int) -> float:
-        changed = with_batch(config, stage, unit * units)
-        (planned,) = plan_stages(changed, mesh, (stage,))
-        whole = tuple(program.name for program in planned.programs if not program.part_of)
-        part = plan_stage(planned, slice_, compiled, whole)
-        return part.peak if part.fits else max(part.peak, slice_.usable * 1.01)
-
-    return unit * _largest(peak, slice_.usable)
-
-
-def _largest(peak: Callable[[int], float], limit: float) -> int:
-    """The largest number whose ``peak``, which is dear to ask for and about linear, is within the limit."""
-    known = {1: peak(1)}
-    if known[1] > limit:
-        return 0
-    known[2] = peak(2)
-    low, high = (1, 2) if known[2] > limit else (2, None)
-    for _ in range(_MOST_COMPILES - 2):
-        if high is not None and high - low == 1:
-            break
-        guess = int(low + (limit - known[low]) / max((known[low] - known[1]) / max(low - 1, 1), 1.0)) if low > 1 else 1
-        guess = max(low + 1, guess if high is None else min(guess, high - 1))
-        known[guess] = peak(guess)
-        low, high = (guess, high) if known[guess] <= limit else (low, guess)
-    return low
-
-
 def what_would_fit(
     config: Config, part: StagePlan, slice_: Slice, devices: list, compiled: Callable[[Program], Needs]
 ) -> Iterator[str]:
@@ -201,39 +158,43 @@ def what_would_fit(
 
 
 def _changes(config: Config, stage: str, ways: int, devices: int) -> Iterator[tuple[str, Config]]:
-    section = _BATCH_OF[stage]
+    section = SECTIONS[stage]
     settings: Any = getattr(config, section)
     shapes = ("teacher", "student") if stage == "warm_start" else ("student" if stage == "distill" else "teacher",)
 
-    def replaced(name: str, **values: Any) -> Config:
-        return dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **values)})
-
     for shape in shapes:
         if getattr(config, shape).remat != "layers":
-            yield f'{shape}.remat = "layers"', replaced(shape, remat="layers")
+            yield f'{shape}.remat = "layers"', replaced(config, shape, remat="layers")
     parts = getattr(settings, "microbatches", 0)
     most = settings.prompts_per_step // ways
     if parts and parts < most:
-        yield f"{section}.microbatches = {most}", replaced(section, microbatches=most)
+        yield f"{section}.microbatches = {most}", replaced(config, section, microbatches=most)
     for tensor in (1, 2, 4):
         axes = MeshConfig(data=1, fsdp=devices // tensor, tensor=tensor)
         if axes != config.mesh and devices % tensor == 0:
             yield f"mesh.fsdp = {axes.fsdp}, mesh.tensor = {tensor}", dataclasses.replace(config, mesh=axes)
     for shape in shapes:
         if stage != "evaluate" and not getattr(config, shape).lora_rank:
-            yield f"{shape}.lora_rank = 32", replaced(shape, lora_rank=32)
+            yield f"{shape}.lora_rank = 32", replaced(config, shape, lora_rank=32)
     if stage != "evaluate" and settings.group_size > 3:
         yield (
             f"{section}.group_size = {settings.group_size // 2}",
-            replaced(section, group_size=settings.group_size // 2),
+            replaced(config, section, group_size=settings.group_size // 2),
         )
     if settings.prompts_per_step > ways:
         yield (
             f"{section}.prompts_per_step = {ways}",
-            replaced(section, prompts_per_step=ways)
+            replaced(config, section, prompts_per_step=ways)
             if not parts
-            else replaced(section, prompts_per_step=ways, microbatches=1),
+            else replaced(config, section, prompts_per_step=ways, microbatches=1),
         )
+
+
+def _in_words(found: LargestBatch, what: str) -> str:
+    if not found.fits:
+        return f"{what}: not even the smallest batch fits"
+    end = "no larger one was tried" if found.too_large is None else f"{found.too_large} does not"
+    return f"{what}: {found.fits} fits, {end}"
 
 
 def _print_stage(part: StagePlan, slice_: Slice, console: Console) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxnr.config import Config, JudgeConfig, MeshConfig, ModelConfig, PromptConfig, load_config
 from jaxnr.errors import InputError
 from jaxnr.mesh import check_batch_sizes, make_mesh, replicated
-from jaxnr.plan import _changes, _largest, add_up
+from jaxnr.plan import _changes, add_up
 from jaxnr.planning.compile import Needs, wanted_bytes
 from jaxnr.planning.programs import STAGES, Resident, Stage, bytes_a_device, plan_stages
 from jaxnr.planning.slices import Slice, find_slice, slice_devices, without_a_tpu
@@ -48,29 +48,6 @@ def test_a_stage_needs_what_stays_and_its_most_demanding_program():
     assert part.fits
     assert not add_up(stage, [needs("sampler", 701.0)], usable=1140.0).fits
     assert not add_up(stage, [needs("step", 1.0, fits=False)], usable=1140.0).fits
-
-
-@pytest.mark.parametrize(("limit", "largest"), [(5.0, 0), (12.0, 1), (29.0, 9), (30.0, 10), (31.9, 10), (1e3, 495)])
-def test_the_largest_batch_is_found_with_few_questions(limit, largest):
-    asked = []
-
-    def peak(units: int) -> float:
-        asked.append(units)
-        return 10.0 + 2 * units
-
-    assert _largest(peak, limit) == largest
-    assert len(asked) <= 6
-
-
-def test_the_largest_batch_was_asked_for_where_memory_is_not_linear():
-    asked = {}
-
-    def peak(units: int) -> float:
-        asked[units] = 10.0 + units**1.2
-        return asked[units]
-
-    found = _largest(peak, 60.0)
-    assert asked[found] <= 60.0
 
 
 def test_the_compilers_message_says_what_was_wanted():

@@ -96,7 +96,9 @@ class _Model(NamedTuple):
     tokens: int
 
 
-STAGES = ("warm_start", "grpo", "distill", "evaluate")
+SECTIONS = {"warm_start": "warm_start", "grpo": "grpo", "distill": "distill", "evaluate": "evaluation"}
+"""The stages, and the section of the config that has the batch of each."""
+STAGES = tuple(SECTIONS)
 
 
 def plan_stages(config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES) -> list[Stage]:
@@ -385,6 +387,11 @@ def _judge(config: Config, name: str, mesh: Mesh) -> list[_Helper]:
         sizes = f"{B} questions of {WRITTEN_TOKENS} tokens on messages of {_JUDGE_MESSAGE}"
         programs.append(dataclasses.replace(writer, what=sizes))
     return [_Helper(tuple(programs), Resident(name.replace("_", " "), params))]
+
+
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    """The config with other settings in a section."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
 def bytes_a_device(tree: Any) -> float:
