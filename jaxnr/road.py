@@ -139,7 +139,7 @@ class Road:
         Of a process that was killed, training up to its last checkpoint counts: the rest was done again.
         """
         markers = {stage: self.out / "done" / f"{stage}.json" for stage in STAGES}
-        return {stage: _read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
+        return {stage: read_seconds(path, stage) for stage, path in markers.items() if path.exists()}
 
     def trained_params(self, policy: Policy, stage: str) -> dict:
         """The parameters that a training stage ended with; of one that was stopped, with a warning, its latest.
@@ -229,7 +229,8 @@ def run_stages(config: Config, out: Path, stages: Sequence[str], resume: bool = 
             write_text(marker, json.dumps({"seconds": round(time.monotonic() - started + sum(earlier), 3)}))
 
 
-def _read_seconds(path: Path, stage: str) -> float:
+def read_seconds(path: Path, stage: str) -> float:
+    """What the mark of a stage that has ended says it took. Raises InputError where it does not."""
     expected = f"the seconds that a stage took; delete the file, and `jaxnr {stage} CONFIG --resume` writes it again"
     seconds = read_json(path, expected).get("seconds")
     if not isinstance(seconds, int | float):

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 from jaxnr import __version__
 from jaxnr.baselines.run import run_baseline
 from jaxnr.config import Config
 from jaxnr.errors import InputError
-from jaxnr.files import write_text
-from jaxnr.reproduce.conditions import Condition, base, best_of_many, capacities, carry_out, cleanings, reward_ablations
+from jaxnr.files import read_json, write_text
+from jaxnr.reproduce.conditions import (
+    BASE,
+    Condition,
+    base,
+    best_of_many,
+    capacities,
+    carry_out,
+    cleanings,
+    reward_ablations,
+)
 from jaxnr.reproduce.output import as_markdown, write_table
 from jaxnr.reproduce.tables import BASELINES, TABLES, Runs
+from jaxnr.road import read_seconds
 
 
 def reproduce(names: Sequence[str], config: Config, seeds: Sequence[int], sizes: Sequence[str], out: Path) -> None:
@@ -37,21 +50,23 @@ def reproduce(names: Sequence[str], config: Config, seeds: Sequence[int], sizes:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     pages = []
-    for name in names:
-        for seed in seeds:
-            seeded = dataclasses.replace(config, seed=seed)
-            for condition in needed(name, seeded, sizes):
-                console.rule(f"{name}: seed {seed}, {condition.name}", align="left", style="dim")
-                carry_out(condition, out / f"seed{seed}")
-            if name == "offline":
-                _train_baselines(runs.run(seed), console)
-        table = TABLES[name](runs)
-        write_table(table, facts, out / "tables")
-        pages.append(as_markdown(table, facts))
-        console.print(pages[-1], markup=False, highlight=False, soft_wrap=True)
+    with programs_kept():
+        for name in names:
+            for seed in seeds:
+                _do_runs(name, dataclasses.replace(config, seed=seed), sizes, out / f"seed{seed}", console)
+            table = TABLES[name](runs)
+            write_table(table, facts, out / "tables")
+            pages.append(as_markdown(table, facts))
+            console.print(pages[-1], markup=False, highlight=False, soft_wrap=True)
     if len(names) > 1:
         write_text(out / "tables.md", "\n".join(pages))
-    console.print(f"{', '.join(names)}: written to {out / 'tables'}", markup=False, highlight=False, soft_wrap=True)
+    took = sum(seconds(out / f"seed{seed}") for seed in seeds) / 3600
+    console.print(
+        f"{', '.join(names)}: written to {out / 'tables'}; all runs in {out} took {took:.2f} hours",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def needed(table: str, config: Config, sizes: Sequence[str]) -> Iterator[Condition]:
@@ -67,12 +82,46 @@ def needed(table: str, config: Config, sizes: Sequence[str]) -> Iterator[Conditi
         yield from cleanings(config)
 
 
-def _train_baselines(run: Path, console: Console) -> None:
-    for name in BASELINES:
-        if not (run / "baselines" / f"{name}.json").exists():
-            console.rule(f"offline: {name} on {run}", align="left", style="dim")
-            run_baseline(name, run, None)
-            jax.clear_caches()
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+    """Compiled programs are kept on disk meanwhile: most runs differ in a weight or a seed alone, not in a shape.
+
+    Where ``JAX_COMPILATION_CACHE_DIR`` names a folder they are kept there, beyond the end.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxnr-programs-") as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        reset_cache()  # jax decides once whether it has a cache
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            reset_cache()
+
+
+def seconds(seed_dir: Path) -> float:
+    """What all runs and baselines of a seed took, over all processes; what runs share counts once."""
+    marks = [path for path in seed_dir.glob("*/done/*.json") if not path.is_symlink()]
+    reports = seed_dir.glob(f"{BASE}/baselines/*.json")
+    baselines = [read_json(path, "what `jaxnr baseline` writes")["seconds"] for path in reports]
+    return sum(read_seconds(path, path.stem) for path in marks) + sum(
+        each["all_trials"] + each["evaluation"] for each in baselines
+    )
+
+
+def _do_runs(table: str, config: Config, sizes: Sequence[str], seed_dir: Path, console: Console) -> None:
+    for condition in needed(table, config, sizes):
+        console.rule(f"{table}: seed {config.seed}, {condition.name}", align="left", style="dim")
+        carry_out(condition, seed_dir)
+    if table == "offline":
+        run = seed_dir / BASE
+        for name in BASELINES:
+            if not (run / "baselines" / f"{name}.json").exists():
+                console.rule(f"offline: {name} on {run}", align="left", style="dim")
+                run_baseline(name, run, None)
+                jax.clear_caches()
 
 
 def _check(seeds: Sequence[int], sizes: Sequence[str]) -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tiny_run import CONFIG, finished_run, tiny_surroundings
 
@@ -22,10 +24,13 @@ from jaxnr.config import (
 )
 from jaxnr.errors import InputError
 from jaxnr.reproduce.conditions import best_of_many, capacities, carry_out, reward_ablations
-from jaxnr.reproduce.run import needed, reproduce
+from jaxnr.reproduce.run import needed, programs_kept, reproduce, seconds
 from jaxnr.reproduce.tables import TABLES
 from jaxnr.rewards.composite import REWARDS
+from jaxnr.road import STAGES
 from jaxnr.training.metrics import read_metrics
+
+_LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 pytestmark = pytest.mark.xdist_group("tiny_run")
 
@@ -100,6 +105,46 @@ def test_sizes_that_make_no_sense_are_refused(sizes, tmp_path):
 def test_seeds_that_make_no_sense_are_refused(seeds, tmp_path):
     with pytest.raises(InputError, match="--seeds"):
         reproduce(["offline"], CONFIG, seeds, ("0.5", "1"), tmp_path)
+
+
+def test_programs_are_kept_for_the_runs_after_and_are_gone_in_the_end():
+    before = jax.config.values["jax_compilation_cache_dir"], jax.config.values[_LEAST]
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update(_LEAST, 0)
+    try:
+        with programs_kept():
+            folder = Path(jax.config.values["jax_compilation_cache_dir"])
+            assert not list(folder.iterdir())
+            jax.jit(lambda x: x @ x + 3)(jnp.ones((5, 5))).block_until_ready()
+            kept = set(folder.iterdir())
+            assert kept
+            jax.clear_caches()
+            jax.jit(lambda x: x @ x + 3)(jnp.ones((5, 5))).block_until_ready()
+            assert {path for path in folder.iterdir() if path.name.endswith("-cache")} <= kept
+        assert not folder.exists()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update(_LEAST, before[1])
+
+
+def test_programs_are_kept_where_the_user_keeps_them(tmp_path):
+    with tiny_surroundings(tmp_path), programs_kept():
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "programs")
+
+
+def test_seconds_are_those_of_each_run_and_baseline_once(seed_dir):
+    """0.5 s for each of the base run's five stages, 2 s for the ablation's own, 4.5 s for the baseline."""
+    run, base = seed_dir / "without_align" / "done", seed_dir / "base"
+    run.mkdir(parents=True)
+    for stage in STAGES:
+        (base / "done" / f"{stage}.json").write_text('{"seconds": 0.5}')
+    (run / "sft.json").symlink_to("../../base/done/sft.json")
+    (run / "grpo.json").write_text('{"seconds": 2}')
+    (base / "baselines").mkdir()
+    taken = {"training": 2.5, "evaluation": 0.5, "all_trials": 4.0}
+    (base / "baselines" / "gru.json").write_text(json.dumps({"seconds": taken}))
+    assert seconds(seed_dir) == 2.5 + 2 + 4.5
 
 
 @pytest.mark.slow
