@@ -44,7 +44,6 @@ def reproduce(names: Sequence[str], config: Config, seeds: Sequence[int], sizes:
     runs = Runs(out, config, seeds, sizes)
     facts = {
         "seeds": ", ".join(map(str, seeds)),
-        "settings tried for each baseline": config.baselines.trials,
         "jaxnr": __version__,
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -55,8 +54,9 @@ def reproduce(names: Sequence[str], config: Config, seeds: Sequence[int], sizes:
             for seed in seeds:
                 _do_runs(name, dataclasses.replace(config, seed=seed), sizes, out / f"seed{seed}", console)
             table = TABLES[name](runs)
-            write_table(table, facts, out / "tables")
-            pages.append(as_markdown(table, facts))
+            about = facts | ({"settings tried for each baseline": _tried(runs)} if name == "offline" else {})
+            write_table(table, about, out / "tables")
+            pages.append(as_markdown(table, about))
             console.print(pages[-1], markup=False, highlight=False, soft_wrap=True)
     if len(names) > 1:
         write_text(out / "tables.md", "\n".join(pages))
@@ -104,8 +104,8 @@ def programs_kept() -> Iterator[None]:
 def seconds(seed_dir: Path) -> float:
     """What all runs and baselines of a seed took, over all processes; what runs share counts once."""
     marks = [path for path in seed_dir.glob("*/done/*.json") if not path.is_symlink()]
-    reports = seed_dir.glob(f"{BASE}/baselines/*.json")
-    baselines = [read_json(path, "what `jaxnr baseline` writes")["seconds"] for path in reports]
+    run = seed_dir / BASE
+    baselines = [_report(run, path.stem)["seconds"] for path in (run / "baselines").glob("*.json")]
     return sum(read_seconds(path, path.stem) for path in marks) + sum(
         each["all_trials"] + each["evaluation"] for each in baselines
     )
@@ -122,6 +122,16 @@ def _do_runs(table: str, config: Config, sizes: Sequence[str], seed_dir: Path, c
                 console.rule(f"offline: {name} on {run}", align="left", style="dim")
                 run_baseline(name, run, None)
                 jax.clear_caches()
+
+
+def _tried(runs: Runs) -> str:
+    """How many trials the baselines had: `jaxnr baseline NAME RUN --trials N` may have given one of them more."""
+    reports = [_report(runs.run(seed), name) for seed in runs.seeds for name in BASELINES]
+    return ", ".join(map(str, sorted({len(report["trials"]) for report in reports})))
+
+
+def _report(run: Path, baseline: str) -> dict:
+    return read_json(run / "baselines" / f"{baseline}.json", "what `jaxnr baseline` writes")
 
 
 def _check(seeds: Sequence[int], sizes: Sequence[str]) -> None:

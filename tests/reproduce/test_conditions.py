@@ -170,6 +170,8 @@ def test_all_tables(seed_dir, monkeypatch):
         f"{name}.{form}" for name in TABLES for form in ("json", "csv", "md", "svg")
     }
     assert (out / "tables.md").read_text().count("###") == len(TABLES)
+    tried = {name: json.loads((out / "tables" / f"{name}.json").read_text())["runs"] for name in TABLES}
+    assert {name for name, facts in tried.items() if "settings tried for each baseline" in facts} == {"offline"}
     for run in (*(f"without_{reward}" for reward in REWARDS), "no_cleaning", "rules_and_roberta", "teacher_0.5"):
         assert (seed_dir / run / "report.html").exists()
     assert {"roberta", "tfidf_logistic_regression"} <= json.loads(
