@@ -8,7 +8,6 @@ log and then cutting it at a time gives what cutting first gives.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -39,7 +38,11 @@ class Shown(NamedTuple):
 
 
 def shown_histories(
-    users: Sequence, domains: Sequence[str], texts: Sequence[str | None], recent: dict, context: int
+    users: Sequence,
+    domains: Sequence[str],
+    texts: Sequence[str | None],
+    recent: dict[Any, tuple[str, ...]],
+    context: int,
 ) -> list[Shown | None]:
     """What is read of each event that the rules left; None for the others. Users' events are given oldest first.
 
@@ -50,9 +53,9 @@ def shown_histories(
         if text is None:
             shown.append(None)
             continue
-        before = recent.setdefault(user, deque(maxlen=context))
-        shown.append(Shown(domain, text, tuple(before)))
-        before.appendleft(text)
+        before = recent.get(user, ())
+        shown.append(Shown(domain, text, before))
+        recent[user] = (text, *before)[:context]
     return shown
 
 

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -125,7 +125,7 @@ def pass_rules(events: Iterable[Event], rules: bool, context: int) -> Iterator[P
     Raises InputError where a user's events are not oldest first.
     """
     history: dict[str, HistoryRules] = {}
-    recent: dict[str, Any] = {}
+    recent: dict[str, tuple[str, ...]] = {}
     latest: dict[str, int] = {}
     for row, event in enumerate(events):
         if event.timestamp < latest.get(event.user_id, event.timestamp):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import random
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import jaxnr.data.clean_events as clean_events
 from jaxnr.config import CleaningConfig, Config, MeshConfig
 from jaxnr.data.clean_events import clean, pass_rules
-from jaxnr.data.cleaning import clean_histories
+from jaxnr.data.cleaning import _trigrams, clean_histories
 from jaxnr.data.schema import Event
 from jaxnr.errors import InputError
 
@@ -73,6 +75,28 @@ def test_a_log_by_time_is_cleaned_as_histories_are():
     assert [streamed[row] for row in by_user] == clean_histories(*columns)[0]
     with pytest.raises(InputError, match="earlier than that user's event before"):
         list(pass_rules(events[::-1], True, 2))
+
+
+def test_what_is_held_of_a_user_is_little_whatever_the_number_of_events():
+    """Texts of 100 characters; their trigrams would take 7 kB each."""
+
+    def held(users: int, events: int) -> int:
+        tracemalloc.start()
+        words = random.Random(0)
+        log = (
+            Event(str(row % users), row, "search", "query", "".join(words.choices("abcdefghij ", k=100)), None)
+            for row in range(users * events)
+        )
+        passed = pass_rules(log, True, 16)
+        for _ in range(users * events - 1):
+            next(passed)
+        _trigrams.cache_clear()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        return size
+
+    assert held(50, 30) < 50 * 5_000
+    assert held(50, 60) == pytest.approx(held(50, 30), rel=0.05)
 
 
 @pytest.mark.slow
