@@ -267,19 +267,23 @@ class Clean:
     """Events of the neutral schema (.jsonl, .jsonl.gz or .parquet), each user's oldest first."""
     out: Path
     """Folder for what is written."""
-    classifier: str = "none"
-    """`none` for rules alone, `roberta` to train a small one on the labels, or a folder or hub name."""
-    labels: str = ""
+    classifier: str | None = None
+    """`none` for rules alone, `roberta` to train a small one on the labels, or a folder or hub name; when not given,
+    the config's, and `none` without one."""
+    labels: str | None = None
     """For `roberta`: a file with the columns user_id, timestamp, domain and label, which may be EVENTS itself, or
-    `judge`, the language model of the config's [judge]."""
+    `judge`, the language model of the config's [judge]; when not given, the config's."""
     config: Path | None = None
     """TOML file for other settings: [cleaning], [judge], [mesh], seed."""
 
     def __call__(self) -> None:
         settings = _DEFAULTS if self.config is None else load_config(self.config)
-        if self.classifier == "roberta" and not self.labels:
-            raise InputError("--classifier roberta needs --labels: a file, or judge.")
-        cleaning = dataclasses.replace(settings.cleaning, classifier=self.classifier, labels=self.labels or "truth")
+        given = {"classifier": self.classifier, "labels": self.labels}
+        cleaning = dataclasses.replace(
+            settings.cleaning, **{name: value for name, value in given.items() if value is not None}
+        )
+        if cleaning.classifier == "roberta" and cleaning.labels == "truth":
+            raise InputError("The classifier `roberta` needs --labels: a file, or judge.")
         settings = dataclasses.replace(settings, cleaning=cleaning)
         validate(settings)
         from jaxnr.data.clean_events import clean

@@ -247,6 +247,28 @@ def test_options_of_baseline_that_say_nothing_are_refused(baselines, tmp_path, o
     assert baselines == []
 
 
+def test_options_of_clean_override_the_config(monkeypatch, tmp_path):
+    calls = []
+
+    def clean(events: Path, out: Path, config: Config) -> dict:
+        calls.append((config.cleaning.classifier, config.cleaning.labels))
+        return {"reasons": {}, "events": 0, "events_per_second": 0.0}
+
+    stand_in = types.ModuleType("jaxnr.data.clean_events")
+    stand_in.clean = clean  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jaxnr.data.clean_events", stand_in)
+    config = tmp_path / "cleaning.toml"
+    config.write_text('[cleaning]\nclassifier = "roberta"\nlabels = "own.parquet"\n')
+    here = ("clean", "events.parquet", "--out", tmp_path / "out")
+    call(*here)
+    call(*here, "--config", config)
+    call(*here, "--config", config, "--labels", "judge")
+    call(*here, "--config", config, "--classifier", "folder")
+    assert calls == [("none", "truth"), ("roberta", "own.parquet"), ("roberta", "judge"), ("folder", "own.parquet")]
+    with pytest.raises(InputError, match="--labels"):
+        call(*here, "--classifier", "roberta")
+
+
 def test_a_command_without_resume_says_that_it_goes_on_as_it_is(tmp_path, monkeypatch, capsys):
     def stopped(*_):
         raise Preempted("stopped by SIGTERM after step 3 of 5 of grpo, which is saved")
