@@ -98,7 +98,7 @@ def plan(
             found = largest_batch_of(config, stage, slice_.usable, mesh, wholes, compiled)
             if found is not None:
                 largest[stage.name] = found._asdict()
-                console.print(_in_words(found, f"{stage.name}: {SECTIONS[stage.name]}.prompts_per_step"))
+                console.print(f"{stage.name}: {_in_words(found, SECTIONS[stage.name])}", highlight=False)
     advice = {}
     for part in plans:
         if not part.fits:
@@ -190,11 +190,11 @@ def _changes(config: Config, stage: str, ways: int, devices: int) -> Iterator[tu
         )
 
 
-def _in_words(found: LargestBatch, what: str) -> str:
+def _in_words(found: LargestBatch, section: str) -> str:
     if not found.fits:
-        return f"{what}: not even the smallest batch fits"
-    end = "no larger one was tried" if found.too_large is None else f"{found.too_large} does not"
-    return f"{what}: {found.fits} fits, {end}"
+        return "not even the smallest batch fits"
+    end = "nothing larger was tried" if found.too_large is None else f"with {found.too_large} it does not"
+    return f"with {section}.prompts_per_step = {found.fits} it fits; {end}"
 
 
 def _print_stage(part: StagePlan, slice_: Slice, console: Console) -> None:
