@@ -363,7 +363,7 @@ class EvaluationConfig:
 class ItemsConfig:
     """What a model of clicked articles knows an article by."""
 
-    kind: Literal["id", "text", "id_and_text"] = "id_and_text"
+    kind: Literal["id", "text", "id_and_text"] = "text"
     """A vector trained for each article that training clicked, the text's vector, or the sum of both. `id`, as in the
     papers, can score no article that training has not clicked."""
     id_dropout: float = 0.0
