@@ -145,6 +145,8 @@ def run_trial(name: str, log: NewsLog, config: Config, mesh: Mesh, folder: Path,
         content = read_json(path, expected)
         if content.keys() != set(Trial._fields):
             raise InputError(f"{path}: expected {expected}.")
+        if content["settings"] != json.loads(json.dumps(settings)):
+            raise InputError(f"{path}: of other settings than the run's config has now; expected {expected}.")
         return Trial(**content)
     learner = make_learner(name, log, config, number)
     trained = fit(

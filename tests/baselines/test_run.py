@@ -13,7 +13,7 @@ from planted import fitted
 
 from jaxnr.baselines import run as baseline_run
 from jaxnr.baselines.news_log import NewsLog
-from jaxnr.baselines.run import BASELINES, make_learner, run_baseline
+from jaxnr.baselines.run import BASELINES, Trial, make_learner, run_baseline
 from jaxnr.baselines.training import fit
 from jaxnr.config import (
     BaselinesConfig,
@@ -206,11 +206,18 @@ def test_a_run_without_data_says_which_command_begins_it(tmp_path):
         run_baseline("gru", tmp_path, trials=1)
 
 
-def test_a_trial_that_is_damaged_is_named(world):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"steps": 3}, "expected a finished trial"),
+        (Trial({"size": 3}, {"recall@10": 0.5}, 3, 1.0, 1.0)._asdict(), "of other settings"),
+    ],
+)
+def test_a_trial_that_is_damaged_or_of_another_config_is_named(world, content, says):
     path = world / "baselines" / "hstu" / "trial-00" / "trial.json"
-    write_text(path, json.dumps({"steps": 3}))
+    write_text(path, json.dumps(content))
     try:
-        with pytest.raises(InputError, match=r"trial\.json: expected a finished trial"):
+        with pytest.raises(InputError, match=rf"trial\.json: {says}"):
             run_baseline("hstu", world, trials=1)
     finally:
         path.unlink()
