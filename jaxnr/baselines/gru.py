@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxnr.baselines.items import ITEM_CHOICES, ItemFeatures, Items
+from jaxnr.baselines.items import ItemFeatures, Items
 from jaxnr.baselines.sequences import Clicks, SequenceBatch, sequence_learner, sequence_length
 from jaxnr.baselines.training import Learner, masked_mean
 from jaxnr.config import GruConfig
@@ -22,8 +22,7 @@ SPACE = {
     "learning_rate": (0.02, 0.05, 0.1),
     "size": (100, 200),
     "dropout": (0.0, 0.3),
-    "epochs": (10, 30, 100),
-    "items": ITEM_CHOICES,
+    "epochs": (5, 10, 30),
 }
 """What trials after the first draw from."""
 

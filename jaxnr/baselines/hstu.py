@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnr.baselines.items import ITEM_CHOICES, ItemFeatures, Items
+from jaxnr.baselines.items import ItemFeatures, Items
 from jaxnr.baselines.sasrec import causal_mask, read
 from jaxnr.baselines.sequences import Clicks, SequenceBatch, sampled_softmax_loss, sequence_learner, sequence_length
 from jaxnr.baselines.training import Learner
@@ -20,7 +20,6 @@ SPACE = {
     "size": (50, 100, 200),
     "dropout": (0.2, 0.5),
     "epochs": (25, 50, 101),
-    "items": ITEM_CHOICES,
 }
 """What trials after the first draw from."""
 

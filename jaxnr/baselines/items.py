@@ -16,14 +16,6 @@ import numpy as np
 
 from jaxnr.config import ItemsConfig
 
-ITEM_CHOICES = (
-    ItemsConfig(kind="id_and_text"),
-    ItemsConfig(kind="id_and_text", id_dropout=0.5),
-    ItemsConfig(kind="text"),
-)
-"""What trials choose from: ids alone know too few of the articles that are asked for."""
-
-
 @flax.struct.dataclass
 class ItemFeatures:
     """What is given of the I articles."""

@@ -21,7 +21,7 @@ from jaxnr.baselines.items import ItemFeatures
 from jaxnr.baselines.ranking import rank
 from jaxnr.baselines.sequences import Clicks, History
 from jaxnr.baselines.training import fit
-from jaxnr.config import Config, ItemsConfig, flatten, load_config
+from jaxnr.config import BaselinesConfig, Config, GruConfig, HstuConfig, ItemsConfig, SasrecConfig, flatten, load_config
 from jaxnr.config_rules import validate
 from jaxnr.data.examples import Example
 from jaxnr.errors import InputError
@@ -40,6 +40,13 @@ PUBLISHED = {
     ("hstu", "stable"): (0.3227, 0.1879),
 }
 """HR@10 and NDCG@10 on MovieLens-1M, by baseline and by how the log was sorted."""
+
+SETTINGS = BaselinesConfig(
+    gru=GruConfig(dropout=0.0, epochs=100),
+    sasrec=SasrecConfig(size=50, dropout=0.2, learning_rate=1e-3, epochs=101),
+    hstu=HstuConfig(size=50, dropout=0.2, learning_rate=1e-3, epochs=101),
+)
+"""Those of the published figures, and GRU4Rec's own."""
 
 DEPTH = 10
 
@@ -141,14 +148,15 @@ def leave_one_out(ratings: Ratings, sort: Literal["quicksort", "stable"]) -> tup
 
 
 def run_movielens(name: str, folder: Path, out: Path, sort: Literal["quicksort", "stable"]) -> dict:
-    """Trains a baseline on MovieLens-1M by its default settings, or by ``out``'s config.toml; prints the figures.
+    """Trains a baseline on MovieLens-1M by ``SETTINGS``, or by ``out``'s config.toml; prints the figures.
 
     Writes baselines/NAME-movielens-SORT.json under ``out`` and returns what it holds. Killed, it goes on from its last
     checkpoint. Raises InputError for a baseline that needs texts.
     """
     if name not in LEARNERS:
         raise InputError(f"{name} reads texts, of which MovieLens has none; expected one of {', '.join(LEARNERS)}.")
-    config = load_config(out / "config.toml") if (out / "config.toml").exists() else Config()
+    path = out / "config.toml"
+    config = load_config(path) if path.exists() else dataclasses.replace(Config(), baselines=SETTINGS)
     validate(config)
     settings = dataclasses.replace(getattr(config.baselines, name), items=ItemsConfig(kind="id"))
     clicks, examples, catalogue = leave_one_out(read_movielens(folder), sort)

@@ -99,9 +99,9 @@ def test_baselines_that_read_texts_are_refused(tmp_path):
         run_movielens("nrhub", tmp_path, tmp_path, "stable")
 
 
-def test_defaults_are_the_settings_of_the_published_figures():
+def test_its_settings_are_those_of_the_published_figures():
     """The reference: d 50, 2 blocks, 1 head, length 200, dropout .2, 1e-3, 128 negatives, τ .05."""
-    config = Config().baselines
+    config = movielens.SETTINGS
     for settings in (config.sasrec, config.hstu):
         assert (settings.size, settings.blocks, settings.heads, settings.length) == (50, 2, 1, 200)
         assert (settings.dropout, settings.learning_rate) == (0.2, 1e-3)
