@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxnr.config import ItemsConfig
 
+
 @flax.struct.dataclass
 class ItemFeatures:
     """What is given of the I articles."""
