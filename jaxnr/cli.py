@@ -23,6 +23,7 @@ from jaxnr.config import Config, load_config
 from jaxnr.config_rules import validate
 from jaxnr.errors import InputError, Preempted
 from jaxnr.files import read_json
+from jaxnr.memory import keep_freed_memory
 
 _DEFAULTS = Config()
 
@@ -461,6 +462,7 @@ def main() -> None:
 
     With 143 when SIGTERM came: in training the step was finished and saved, elsewhere the process ended at once.
     """
+    keep_freed_memory()
     try:
         try:
             _parse(sys.argv[1:])()

@@ -29,7 +29,7 @@ SPACE = {
     "neighbours": (5, 10, 20),
     "margin": (0.1, 0.3, 1.0),
     "clicks": (5, 10, 30),
-    "epochs": (5, 10, 20),
+    "epochs": (5, 10),
 }
 """What trials after the first draw from."""
 

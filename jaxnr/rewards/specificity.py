@@ -43,8 +43,11 @@ class TermStatistics:
         idf_V = np.log((1 + texts) / (1 + count_V))
         # The upper end is met by the rarest twentieth of the running words: a word that occurs once is often a slip,
         # and is to pay no more than any other rare one.
-        self._low = float(idf_V.min())
-        self._high = max(float(np.percentile(np.repeat(idf_V, count_V), 95)), self._low + 1e-6)
+        low = float(idf_V.min())
+        high = max(float(np.percentile(np.repeat(idf_V, count_V), 95)), low + 1e-6)
+        idf_T = np.log((1 + texts) / (1 + np.array(list(texts_with_term.values()))))
+        rarity_T = np.clip((idf_T - low) / (high - low), 0.0, 1.0)
+        self._rarity = dict(zip(texts_with_term, rarity_T.tolist(), strict=True))
 
     @classmethod
     def fit(cls, texts: Sequence[str]) -> TermStatistics:
@@ -56,10 +59,7 @@ class TermStatistics:
 
     def rarity(self, term: str) -> float:
         """The term's idf scaled to [0, 1] by the corpus' range; 0 for a term that the corpus does not know."""
-        if term not in self.texts_with_term:
-            return 0.0
-        idf = np.log((1 + self.texts) / (1 + self.texts_with_term[term]))
-        return float(np.clip((idf - self._low) / (self._high - self._low), 0.0, 1.0))
+        return self._rarity.get(term, 0.0)
 
     def criteria(self, query: str) -> tuple[float, float, float]:
         """The criteria of one query, each in [0, 1], in the order of ``CRITERIA``.

@@ -8,7 +8,7 @@ import pytest
 
 from jaxnr.baselines import movielens
 from jaxnr.baselines.movielens import leave_one_out, read_movielens, run_movielens
-from jaxnr.config import BaselinesConfig, Config, SasrecConfig, save_config
+from jaxnr.config import BaselinesConfig, Config, ItemsConfig, SasrecConfig, flatten, save_config
 from jaxnr.errors import InputError
 from jaxnr.evaluation.metrics import evaluate_rankings
 
@@ -92,6 +92,15 @@ def test_the_command_trains_and_ranks_all_movies(tmp_path):
     assert written == results
     assert written["users"] == 64
     assert written["settings"]["items.kind"] == "id"
+
+
+def test_without_a_config_its_own_settings_count(tmp_path, monkeypatch):
+    write_chains(tmp_path, users=16)
+    assert movielens.SETTINGS.gru != Config().baselines.gru
+    few = dataclasses.replace(movielens.SETTINGS.gru, size=8, epochs=1)
+    monkeypatch.setattr(movielens, "SETTINGS", dataclasses.replace(movielens.SETTINGS, gru=few))
+    settings = run_movielens("gru", tmp_path, tmp_path / "out", "stable")["settings"]
+    assert settings == flatten(dataclasses.replace(few, items=ItemsConfig(kind="id")))
 
 
 def test_baselines_that_read_texts_are_refused(tmp_path):
