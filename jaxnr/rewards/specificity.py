@@ -39,13 +39,14 @@ class TermStatistics:
 
     def __init__(self, texts_with_term: dict[str, int], texts: int):
         self.texts_with_term, self.texts = texts_with_term, texts
-        count_V = np.array([count for term, count in texts_with_term.items() if term not in _NOT_CONTENT])
-        idf_V = np.log((1 + texts) / (1 + count_V))
+        count_T = np.array(list(texts_with_term.values()))
+        idf_T = np.log((1 + texts) / (1 + count_T))
+        is_content_T = np.array([term not in _NOT_CONTENT for term in texts_with_term])
+        count_V, idf_V = count_T[is_content_T], idf_T[is_content_T]
         # The upper end is met by the rarest twentieth of the running words: a word that occurs once is often a slip,
         # and is to pay no more than any other rare one.
         low = float(idf_V.min())
         high = max(float(np.percentile(np.repeat(idf_V, count_V), 95)), low + 1e-6)
-        idf_T = np.log((1 + texts) / (1 + np.array(list(texts_with_term.values()))))
         rarity_T = np.clip((idf_T - low) / (high - low), 0.0, 1.0)
         self._rarity = dict(zip(texts_with_term, rarity_T.tolist(), strict=True))
 
