@@ -321,7 +321,7 @@ class DistillConfig:
     distribution and the teacher's."""
 
     steps: int = 150
-    """Each samples from the student and updates it once."""
+    """Each samples from the student and updates it once. 0: there is no student, and no stage trains one."""
     prompts_per_step: int = 16
     """Different training prompts in a step."""
     group_size: int = 4

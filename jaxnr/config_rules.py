@@ -28,7 +28,7 @@ NOT_NEGATIVE = {
     "seed", "max_test_users", "align", "coverage", "specificity", "diversity", "structure", "warmup_steps",
     "weight_decay", "showcase_users", "validate_every", "uniform_steps", "signal_words", "retries",
     "lora_rank", "warm_start.steps", "clip_high", "importance_cap", "overlong_tokens", "kl_weight", "prefix_tokens",
-    "max_skipped_steps",
+    "max_skipped_steps", "distill.steps",
 }
 SHARE = {
     "max_refused_share", "clip_low", "max_failed_share", "final_share", "beta1", "beta2", "dropout", "id_dropout",

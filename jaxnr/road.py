@@ -239,7 +239,8 @@ def read_seconds(path: Path, stage: str) -> float:
 
 
 def warm_start(road: Road) -> None:
-    """Supervised steps that give the teacher and the student the format and the language (see training/targets.py).
+    """Supervised steps that give the teacher and the student, where there is one, the format and the language (see
+    training/targets.py).
 
     Pretrained models know both; with ``warm_start.steps`` 0 they stay as they are.
     """
@@ -252,7 +253,8 @@ def warm_start(road: Road) -> None:
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
     reading = config.steps * 2 // 3
     # The teacher leaves long lists for RL to find. The student gets them from the teacher, and reads to the end.
-    for offset, (shape, random_reading) in enumerate({"teacher": reading, "student": config.steps}.items()):
+    models = {"teacher": reading, "student": config.steps} if road.config.distill.steps else {"teacher": reading}
+    for offset, (shape, random_reading) in enumerate(models.items()):
         policy = road.policy(shape)
         path, seed = getattr(road.config, shape).path, 2 * road.config.seed + offset
         if path:
@@ -390,9 +392,13 @@ def reinforcement(
 def distill_student(road: Road) -> None:
     """Both students: one supervised on the teacher's lists, and one that goes on from it with its own samples.
 
-    On-policy steps need samples that the teacher has something to say about, so they begin after supervised ones.
+    On-policy steps need samples that the teacher has something to say about, so they begin after supervised ones. With
+    ``distill.steps`` 0 there is neither.
     """
     config = road.config
+    if not config.distill.steps:
+        logger.info("distill.steps is 0: there is no student to train.")
+        return
     teacher, student = road.policy("teacher"), road.policy("student")
     teacher_params = road.trained_params(teacher, "grpo")
     lists = teacher_lists(road, teacher, teacher_params)

@@ -79,6 +79,10 @@ def test_programs_are_those_of_the_run_at_its_sizes():
     assert len(plan_stages(once, mesh, ("grpo",))[0].residents) == 1
     without = dataclasses.replace(SMALL, warm_start=dataclasses.replace(SMALL.warm_start, steps=0))
     assert [stage.name for stage in plan_stages(without, mesh)] == ["grpo", "distill", "evaluate"]
+    teacher_alone = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
+    stages = {stage.name: stage for stage in plan_stages(teacher_alone, mesh)}
+    assert list(stages) == ["warm_start", "grpo", "evaluate"]
+    assert len(stages["warm_start"].programs) == 1
 
 
 def test_planned_programs_run():

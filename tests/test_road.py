@@ -274,6 +274,21 @@ def test_evaluation_before_distillation_compares_the_teacher(copy, surroundings)
     assert {pair["a"] for pair in results["comparisons"]} == {"teacher"}
 
 
+def test_without_a_student_the_teacher_alone_is_trained_and_measured(tmp_path, copy, surroundings):
+    config = dataclasses.replace(CONFIG, distill=dataclasses.replace(CONFIG.distill, steps=0))
+    run_stages(config, tmp_path / "alone", STAGES)
+    assert {path.name for path in (tmp_path / "alone" / "checkpoints").iterdir()} == {
+        "warm_start_teacher",
+        "grpo",
+        "grpo_uniform",
+    }
+    results, with_student = (
+        json.loads((folder / "results.json").read_text())["offline"] for folder in (tmp_path / "alone", copy)
+    )
+    assert with_student.keys() - results.keys() == {name for name in MODELS if name.startswith("student")}
+    assert results["teacher"] == with_student["teacher"]
+
+
 @pytest.mark.parametrize(
     ("stage", "missing", "first"),
     [

@@ -115,16 +115,14 @@ def plan_stages(config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES) ->
         "distill": lambda: _distill(config, teacher, student, mesh, embedder),
         "evaluate": lambda: _evaluate(config, teacher, mesh, [*embedder, *judge, *second_judge]),
     }
-    left_out = () if config.warm_start.steps else ("warm_start",)
-    return [make() for name, make in makers.items() if name in wanted and name not in left_out]
+    idle = {name for name in ("warm_start", "distill") if not getattr(config, name).steps}
+    return [make() for name, make in makers.items() if name in wanted and name not in idle]
 
 
 def _warm_start(config: Config, teacher: _Model, student: _Model, mesh: Mesh, embedder: list[_Helper]) -> Stage:
     """The models are trained one after the other; the teacher's state, which is there first, is the larger one."""
-    steps = [
-        _supervised(config, "warm_start", which, model, mesh)
-        for which, model in (("teacher", teacher), ("student", student))
-    ]
+    models = {"teacher": teacher} | ({"student": student} if config.distill.steps else {})
+    steps = [_supervised(config, "warm_start", which, model, mesh) for which, model in models.items()]
     return Stage(
         "warm_start", tuple(program for program, _ in steps), (steps[0][1], *(helper.resident for helper in embedder))
     )

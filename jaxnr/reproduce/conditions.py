@@ -25,7 +25,6 @@ BEST_OF = (1, 2, 4, 8, 16, 32)
 
 _DATA = ("data", "truth", "tokenizer", "retrieval", "done/data.json")
 _WARM_STARTED_TEACHER = ("checkpoints/warm_start_teacher", "done/sft.json")
-_WARM_STARTED_STUDENT = ("checkpoints/warm_start_student",)
 _TEACHER = ("checkpoints/grpo", "done/grpo.json")
 
 
@@ -76,8 +75,7 @@ def capacities(config: Config, sizes: Sequence[str]) -> Iterator[Condition]:
         if size == "1":
             continue
         changed = _teacher_alone(config, teacher=_sized(config, size))
-        # The student is the same: its warm start is taken over, the teacher's done anew.
-        yield Condition(size_name(size), changed, (*_DATA, *_WARM_STARTED_STUDENT), ("sft", "grpo", "evaluate"))
+        yield Condition(size_name(size), changed, _DATA, ("sft", "grpo", "evaluate"))
 
 
 def _sized(config: Config, size: str) -> ModelConfig:
@@ -132,11 +130,14 @@ def _cleaned(config: Config, cleaning: str) -> Config:
 
 
 def _teacher_alone(config: Config, **changes) -> Config:
-    """Without the second teacher, and with no more lists a user than any other model has."""
+    """Without student and second teacher, with no more lists a user than any other model has, and validated before and
+    after training alone."""
+    grpo = config.grpo
     return dataclasses.replace(
         config,
         **changes,
-        grpo=dataclasses.replace(config.grpo, uniform_steps=0),
+        grpo=dataclasses.replace(grpo, uniform_steps=0, validate_every=grpo.validate_every and grpo.steps),
+        distill=dataclasses.replace(config.distill, steps=0),
         evaluation=dataclasses.replace(config.evaluation, best_of_n=tuple(sorted({1, config.evaluation.samples}))),
     )
 

@@ -48,7 +48,8 @@ def train(
     """Runs ``step(state, batch, index)`` until ``steps`` are done, from the newest whole checkpoint if there is any.
 
     ``validate(params)`` gives metrics that are logged before the first step, every ``validate_every`` steps and at the
-    end; they never change what is trained. A stage of no steps leaves a checkpoint of what it was given.
+    end, or with 0 not at all; they never change what is trained. A stage of no steps leaves a checkpoint of what it was
+    given.
 
     A checkpoint holds the seconds that its steps took, over all processes; ``resumed`` is told those of the one that is
     gone on from. What a kill destroys, the steps since the last checkpoint, is lost from the count too.
@@ -73,7 +74,7 @@ def train(
             if resumed:
                 resumed(earlier)
         log.truncate_after(stage, done if done else -1)
-        if validate and not done:
+        if validate and validate_every and not done:
             log.write(stage, 0, validate(state.params))
         with progress(stage, steps, completed=done) as bar:
             for index in range(done, steps):

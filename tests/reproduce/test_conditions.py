@@ -61,6 +61,7 @@ def test_an_ablation_differs_in_one_weight_and_starts_from_the_base_runs_teacher
     rows, base_rows = ([row for row in read_metrics(folder / "metrics.jsonl") if row["stage"] == "grpo"]
                        for folder in (run, seed_dir / "base"))  # fmt: skip
     assert len(rows) == len(base_rows)
+    assert [row["step"] for row in rows if "valid/recall@10" in row] == [0, CONFIG.grpo.steps]
     assert rows[0]["valid/recall@10"] == base_rows[0]["valid/recall@10"]
     assert rows[0]["valid/reward/total"] != base_rows[0]["valid/reward/total"]
     results = json.loads((run / "results.json").read_text())

@@ -39,7 +39,7 @@ def sft():
     return make_sft_step(MODEL, OPTIMIZER, fresh_state(), MESH, 61)
 
 
-def run(folder, sft, killed_at=None, resumed=None, sigterm_at=None, poisoned=(), **options):
+def run(folder, sft, killed_at=None, resumed=None, sigterm_at=None, poisoned=(), validate_every=2, **options):
     """The real SFT step over the real pipeline; an example is a seed of its tokens."""
 
     def step(state, examples, index):
@@ -66,7 +66,7 @@ def run(folder, sft, killed_at=None, resumed=None, sigterm_at=None, poisoned=(),
         checkpoint_every=EVERY,
         log=MetricsLog(folder / "metrics.jsonl"),
         validate=lambda params: {"norm": float(np.square(params["norm"]["weight"]).sum())},
-        validate_every=2,
+        validate_every=validate_every,
         resumed=resumed,
         **options,
     )
@@ -103,6 +103,13 @@ def test_every_step_is_logged_once_and_validation_when_asked(uninterrupted):
     assert [row["step"] for row in log] == list(range(STEPS + 1))
     assert [row["step"] for row in log if "norm" in row] == [0, 2, 4, 6, 7]
     assert len({row["loss"] for row in log[1:]}) == STEPS
+
+
+def test_validation_that_is_not_asked_for_is_left_out(tmp_path, sft, uninterrupted):
+    state, _ = uninterrupted
+    assert_same(run(tmp_path, sft, validate_every=0), state)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
+    assert not any("norm" in row for row in rows(tmp_path))
 
 
 def test_seconds_are_counted_over_all_processes_up_to_their_last_checkpoints(tmp_path, sft, monkeypatch):
