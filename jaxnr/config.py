@@ -275,7 +275,7 @@ class SftConfig:
 class GrpoConfig:
     """Policy optimisation of the teacher: Dr.GRPO (arXiv 2503.20783), or one of its relatives."""
 
-    steps: int = 100
+    steps: int = 50
     """Each samples, rewards, and updates the teacher once."""
     prompts_per_step: int = 16
     """Different training prompts in a step."""
@@ -320,7 +320,7 @@ class DistillConfig:
     """On-policy distillation of the supervised student: its own samples, and at each token a divergence between its
     distribution and the teacher's."""
 
-    steps: int = 150
+    steps: int = 100
     """Each samples from the student and updates it once. 0: there is no student, and no stage trains one."""
     prompts_per_step: int = 16
     """Different training prompts in a step."""
