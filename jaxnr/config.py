@@ -561,6 +561,11 @@ class Config:
     baselines: BaselinesConfig = BaselinesConfig()
     mesh: MeshConfig = MeshConfig()
 
+    @property
+    def policies(self) -> tuple[Literal["teacher", "student"], ...]:
+        """The sections of the models that the run trains: with ``distill.steps`` 0 there is no student."""
+        return ("teacher", "student") if self.distill.steps else ("teacher",)
+
 
 def load_config(path: Path) -> Config:
     """The config in a TOML file; a key it leaves out keeps its default.

@@ -94,7 +94,7 @@ def _problems(config: Config) -> Iterator[str]:
     if (first.kind, first.model, first.url) == (second.kind, second.model, second.url):
         yield "`second_judge` is the same as `judge`, expected one that training does not see"
     for name, model in (("teacher", config.teacher), ("student", config.student)):
-        if config.warm_start.steps == 0 and not model.path:
+        if config.warm_start.steps == 0 and not model.path and name in config.policies:
             yield f"`warm_start.steps` is 0, but `{name}.path` is empty: a model from scratch needs a warm start"
         if unknown := [target for target in model.lora_targets if target not in PROJECTIONS]:
             yield f"`{name}.lora_targets` has {json.dumps(unknown[0])}, expected some of {', '.join(PROJECTIONS)}"

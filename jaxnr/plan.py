@@ -160,7 +160,7 @@ def what_would_fit(
 def _changes(config: Config, stage: str, ways: int, devices: int) -> Iterator[tuple[str, Config]]:
     section = SECTIONS[stage]
     settings: Any = getattr(config, section)
-    shapes = ("teacher", "student") if stage == "warm_start" else ("student" if stage == "distill" else "teacher",)
+    shapes = config.policies if stage == "warm_start" else ("student" if stage == "distill" else "teacher",)
 
     for shape in shapes:
         if getattr(config, shape).remat != "layers":

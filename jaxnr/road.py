@@ -253,8 +253,8 @@ def warm_start(road: Road) -> None:
     texts += [" ".join(signal.text for signal in example.signals) for example in train]
     reading = config.steps * 2 // 3
     # The teacher leaves long lists for RL to find. The student gets them from the teacher, and reads to the end.
-    models = {"teacher": reading, "student": config.steps} if road.config.distill.steps else {"teacher": reading}
-    for offset, (shape, random_reading) in enumerate(models.items()):
+    random_reading = {"teacher": reading, "student": config.steps}
+    for offset, shape in enumerate(road.config.policies):
         policy = road.policy(shape)
         path, seed = getattr(road.config, shape).path, 2 * road.config.seed + offset
         if path:
@@ -267,7 +267,7 @@ def warm_start(road: Road) -> None:
             policy,
             params,
             "warm_start",
-            warm_start_batches(policy, config.group_size, road.config.seed, words, reading, random_reading),
+            warm_start_batches(policy, config.group_size, road.config.seed, words, reading, random_reading[shape]),
             source=train,
         )
 

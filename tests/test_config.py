@@ -231,6 +231,14 @@ def test_a_judge_over_http_needs_an_address_and_the_token_is_not_shown():
     assert "sk-1234" not in str(caught.value)
 
 
+def test_a_model_from_scratch_needs_a_warm_start_where_it_is_trained():
+    config = _changed(_changed(Config(), "warm_start.steps", 0), "teacher.path", "some/model")
+    with pytest.raises(InputError, match=r"`student.path` is empty"):
+        validate(config)
+    validate(_changed(config, "student.path", "some/model"))
+    validate(_changed(config, "distill.steps", 0))
+
+
 @pytest.mark.parametrize("name", ["judge", "second_judge"])
 def test_only_a_language_model_words_its_questions(name):
     config = _changed(Config(), f"{name}.rubric", "language_model")

@@ -162,6 +162,10 @@ def test_changes_that_would_help_are_proposed_where_they_are_not_made_already():
     done = proposed['teacher.remat = "layers"']
     assert done.teacher.remat == "layers"
     assert 'teacher.remat = "layers"' not in dict(_changes(done, "grpo", 8, 8))
+    student = 'student.remat = "layers"'
+    alone = dataclasses.replace(SMALL, distill=dataclasses.replace(SMALL.distill, steps=0))
+    assert student in dict(_changes(SMALL, "warm_start", 8, 8))
+    assert student not in dict(_changes(alone, "warm_start", 8, 8))
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:

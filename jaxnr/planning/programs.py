@@ -121,8 +121,8 @@ def plan_stages(config: Config, mesh: Mesh, wanted: tuple[str, ...] = STAGES) ->
 
 def _warm_start(config: Config, teacher: _Model, student: _Model, mesh: Mesh, embedder: list[_Helper]) -> Stage:
     """The models are trained one after the other; the teacher's state, which is there first, is the larger one."""
-    models = {"teacher": teacher} | ({"student": student} if config.distill.steps else {})
-    steps = [_supervised(config, "warm_start", which, model, mesh) for which, model in models.items()]
+    models = {"teacher": teacher, "student": student}
+    steps = [_supervised(config, "warm_start", which, models[which], mesh) for which in config.policies]
     return Stage(
         "warm_start", tuple(program for program, _ in steps), (steps[0][1], *(helper.resident for helper in embedder))
     )
