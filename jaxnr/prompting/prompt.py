@@ -74,10 +74,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, cfg: Pro
             f"prompt.max_prompt_tokens is {cfg.max_prompt_tokens}, but prompt.instructions and the chat template of "
             f"the tokenizer take {fixed} tokens before any signal: raise the former or shorten the instructions."
         )
-    kept = _lines_within(tokenizer, lines, cfg.max_prompt_tokens - fixed)
-    # Lengths of single lines add up exactly for byte-level tokenizers; the loop is for those that merge across lines.
-    while len(ids := _chat_ids(tokenizer, lines[:kept], cfg)) > cfg.max_prompt_tokens:
-        kept -= 1
+    kept = len(lines)
+    if len(ids := _chat_ids(tokenizer, lines, cfg)) > cfg.max_prompt_tokens:
+        kept = _lines_within(tokenizer, lines, cfg.max_prompt_tokens - fixed)
+        # Lengths of single lines add up exactly for byte-level tokenizers; others may merge across lines.
+        while len(ids := _chat_ids(tokenizer, lines[:kept], cfg)) > cfg.max_prompt_tokens:
+            kept -= 1
     return EncodedPrompt(ids, len(lines) - kept)
 
 
